@@ -1,0 +1,259 @@
+"""Our own database: which paths have an ordinal, what their narinfos say, and who waits for whom to become valid."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Final
+
+from fusesnap.errors import Unsupported
+from fusesnap.nix.narinfo import NarInfo, parse_narinfo
+from fusesnap.nix.store_path import StoreDir, StorePath
+from fusesnap.store.database import Database
+
+SCHEMA_VERSION: Final = 1
+
+# store_path is a base name. Ordinals are part of inode numbers, which live as long as a mount does: AUTOINCREMENT, so
+# that none is ever used again. A path may be known by several NAR hashes, but is in the store with one.
+_SCHEMA: Final = """
+CREATE TABLE paths (
+    ordinal INTEGER PRIMARY KEY AUTOINCREMENT,
+    store_path TEXT NOT NULL,
+    nar_hash TEXT NOT NULL,
+    narinfo TEXT NOT NULL,
+    state TEXT NOT NULL CHECK (state IN ('pinned', 'recorded')),
+    UNIQUE (store_path, nar_hash)
+);
+CREATE UNIQUE INDEX paths_recorded ON paths (store_path) WHERE state = 'recorded';
+CREATE TABLE path_references (
+    referrer INTEGER NOT NULL REFERENCES paths (ordinal) ON DELETE CASCADE,
+    reference TEXT NOT NULL,
+    PRIMARY KEY (referrer, reference)
+) WITHOUT ROWID;
+CREATE TABLE waiting (
+    referrer INTEGER PRIMARY KEY REFERENCES paths (ordinal) ON DELETE CASCADE,
+    missing TEXT NOT NULL
+);
+CREATE INDEX waiting_missing ON waiting (missing);
+"""
+
+
+class PathState(StrEnum):
+    """``recorded`` is written before the path's bytes get their name in the store directory.
+
+    So a path is committed if it is recorded and there; one that is recorded and not there never arrived.
+    """
+
+    PINNED = "pinned"
+    RECORDED = "recorded"
+
+
+@dataclass(frozen=True, slots=True)
+class Pin:
+    """A store path with one NAR hash, and the number that stands for the two in inode numbers.
+
+    ``info`` is a narinfo that was trusted when the path was pinned.
+    """
+
+    ordinal: int
+    info: NarInfo
+
+
+class StateDatabase:
+    """The file ``fusesnap.sqlite``. Methods raise :class:`StorageFailure`."""
+
+    def __init__(self, path: Path, store_dir: StoreDir) -> None:
+        """Open or create; raises :class:`Unsupported` where a version that we do not know wrote the file."""
+        self._store_dir = store_dir
+        self._database = Database(path)
+        try:
+            self._create()
+        except BaseException:
+            self._database.close()
+            raise
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._database.close()
+
+    def pins(self, infos: Iterable[NarInfo]) -> list[Pin]:
+        """Return the pins of ``infos``, in their order, giving ordinals to those that have none, all or none.
+
+        A pin follows the newest narinfo of its NAR until it is recorded; from then on it keeps the one recorded.
+        """
+        wanted = list(infos)
+        with self._database.reading("read pins from") as connection:
+            pins = [self._existing_pin(connection, info) for info in wanted]
+        if any(pin is None for pin in pins):
+            with self._database.writing("pin paths in") as connection:
+                return [self._pin(connection, info) for info in wanted]
+        return [pin for pin in pins if pin is not None]
+
+    def pinned(self, path: StorePath) -> Pin | None:
+        """Return the pin that is recorded, else the one that was made last, if there is any."""
+        return self._select(
+            "store_path = ? ORDER BY state = 'recorded' DESC, ordinal DESC", path.base_name
+        )
+
+    def pin_of(self, ordinal: int) -> Pin | None:
+        """Return the pin with this ordinal."""
+        return self._select("ordinal = ?", ordinal)
+
+    def recorded(self, path: StorePath) -> Pin | None:
+        """Return the pin that is recorded for ``path``."""
+        return self._select("store_path = ? AND state = 'recorded'", path.base_name)
+
+    def recorded_among(self, base_names: Iterable[str]) -> set[str]:
+        """Return those of ``base_names`` that are recorded."""
+        query = "SELECT 1 FROM paths WHERE store_path = ? AND state = 'recorded'"
+        with self._database.reading("look for paths in") as connection:
+            return {name for name in base_names if connection.execute(query, (name,)).fetchone()}
+
+    def all_recorded(self) -> dict[str, int]:
+        """Return the base names of all recorded paths with their ordinals."""
+        query = "SELECT store_path, ordinal FROM paths WHERE state = 'recorded'"
+        with self._database.reading("list paths in") as connection:
+            return dict(connection.execute(query))
+
+    def count(self, state: PathState) -> int:
+        """Return how many rows are in ``state``."""
+        query = "SELECT count(*) FROM paths WHERE state = ?"
+        with self._database.reading("count paths in") as connection:
+            return _number(connection.execute(query, (state,)))
+
+    def record(self, pin: Pin) -> None:
+        """Note that the path's verified bytes are about to get their name, with what registration will need."""
+        path = pin.info.store_path.base_name
+        references = [(pin.ordinal, reference.base_name) for reference in pin.info.references]
+        with self._database.writing("record a path in") as connection:
+            # Another NAR of the path that was recorded and never arrived.
+            connection.execute(
+                "UPDATE paths SET state = 'pinned' WHERE store_path = ? AND state = 'recorded'",
+                (path,),
+            )
+            connection.execute(
+                "UPDATE paths SET state = 'recorded', narinfo = ? WHERE ordinal = ?",
+                (pin.info.to_text(), pin.ordinal),
+            )
+            connection.execute("DELETE FROM path_references WHERE referrer = ?", (pin.ordinal,))
+            connection.executemany(
+                "INSERT OR IGNORE INTO path_references VALUES (?, ?)", references
+            )
+
+    def forget_recorded(self, base_name: str) -> None:
+        """Note that a path is not in the store. It stays pinned: a mount may still use its ordinal."""
+        recorded = "SELECT ordinal FROM paths WHERE store_path = ? AND state = 'recorded'"
+        with self._database.writing("drop a path from") as connection:
+            for row in connection.execute(recorded, (base_name,)).fetchall():
+                connection.execute("UPDATE paths SET state = 'pinned' WHERE ordinal = ?", row)
+                connection.execute("DELETE FROM path_references WHERE referrer = ?", row)
+                connection.execute("DELETE FROM waiting WHERE referrer = ?", row)
+
+    def recorded_name(self, ordinal: int) -> str | None:
+        """Return the base name of this ordinal's path if it is recorded."""
+        query = "SELECT store_path FROM paths WHERE ordinal = ? AND state = 'recorded'"
+        with self._database.reading("look for a path in") as connection:
+            row = connection.execute(query, (ordinal,)).fetchone()
+        return None if row is None else str(row[0])
+
+    def waiting_for(self, base_name: str) -> list[int]:
+        """Return the ordinals of the paths that cannot become valid before ``base_name`` is."""
+        query = "SELECT referrer FROM waiting WHERE missing = ?"
+        with self._database.reading("look for waiting paths in") as connection:
+            return [ordinal for (ordinal,) in connection.execute(query, (base_name,))]
+
+    def awaited_by(self, ordinal: int) -> str | None:
+        """Return the base name that this path was last seen to wait for."""
+        query = "SELECT missing FROM waiting WHERE referrer = ?"
+        with self._database.reading("look for waiting paths in") as connection:
+            row = connection.execute(query, (ordinal,)).fetchone()
+        return None if row is None else str(row[0])
+
+    def first_reference(
+        self, ordinal: int, wanted: Callable[[str], bool], after: str = ""
+    ) -> str | None:
+        """Return the first reference behind ``after``, in the order of base names, that ``wanted`` says yes to."""
+        query = (
+            "SELECT reference FROM path_references WHERE referrer = ? AND reference > ?"
+            " ORDER BY reference"
+        )
+        with self._database.reading("read references from") as connection:
+            names: Iterator[tuple[str]] = connection.execute(query, (ordinal, after))
+            return next((name for (name,) in names if wanted(name)), None)
+
+    def set_waiting(self, missing: Mapping[int, str]) -> None:
+        """Note for each ordinal the base name that it waits for."""
+        news = [item for item in missing.items() if self.awaited_by(item[0]) != item[1]]
+        if news:  # a start with nothing new writes nothing, and so works on a full disk
+            query = "INSERT OR REPLACE INTO waiting VALUES (?, ?)"
+            with self._database.writing("note waiting paths in") as connection:
+                connection.executemany(query, news)
+
+    def clear_waiting(self, ordinals: Iterable[int]) -> None:
+        """Note that paths wait no longer."""
+        query = "DELETE FROM waiting WHERE referrer = ?"
+        with self._database.writing("note valid paths in") as connection:
+            connection.executemany(query, [(ordinal,) for ordinal in ordinals])
+
+    def _create(self) -> None:
+        with self._database.writing("create tables in") as connection:
+            version = _number(connection.execute("PRAGMA user_version"))
+            if version == 0:
+                for statement in _SCHEMA.split(";"):
+                    connection.execute(statement)
+                connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+            elif version != SCHEMA_VERSION:
+                raise Unsupported(
+                    f"{self._database.path} has schema version {version}, expected {SCHEMA_VERSION}:"
+                    " another version of fusesnap wrote it"
+                )
+
+    def _existing_pin(self, connection: sqlite3.Connection, info: NarInfo) -> Pin | None:
+        """Return the pin of ``info`` unless there is something to write."""
+        row = _row_of(connection, info)
+        if row is None:
+            return None
+        ordinal, state, narinfo = row
+        if narinfo == info.to_text():
+            return Pin(ordinal, info)
+        return self._pin_from(ordinal, narinfo) if state == PathState.RECORDED else None
+
+    def _pin(self, connection: sqlite3.Connection, info: NarInfo) -> Pin:
+        # Not INSERT ... ON CONFLICT: that uses up an ordinal each time, and inode numbers have few bits for them.
+        pin = self._existing_pin(connection, info)
+        if pin is not None:
+            return pin
+        key = (info.store_path.base_name, str(info.nar_hash))
+        row = _row_of(connection, info)
+        if row is None:
+            insert = "INSERT INTO paths (store_path, nar_hash, narinfo, state) VALUES (?, ?, ?, 'pinned')"
+            inserted = connection.execute(insert, (*key, info.to_text())).lastrowid
+            return Pin(inserted or 0, info)
+        connection.execute(
+            "UPDATE paths SET narinfo = ? WHERE ordinal = ?", (info.to_text(), row[0])
+        )
+        return Pin(row[0], info)
+
+    def _select(self, condition: str, value: str | int) -> Pin | None:
+        query = f"SELECT ordinal, narinfo FROM paths WHERE {condition} LIMIT 1"  # noqa: S608 - all are ours
+        with self._database.reading("look for a path in") as connection:
+            row = connection.execute(query, (value,)).fetchone()
+        return None if row is None else self._pin_from(*row)
+
+    def _pin_from(self, ordinal: int, narinfo: str) -> Pin:
+        return Pin(ordinal, parse_narinfo(narinfo.encode(), self._store_dir))
+
+
+def _row_of(connection: sqlite3.Connection, info: NarInfo) -> tuple[int, str, str] | None:
+    row: tuple[int, str, str] | None = connection.execute(
+        "SELECT ordinal, state, narinfo FROM paths WHERE store_path = ? AND nar_hash = ?",
+        (info.store_path.base_name, str(info.nar_hash)),
+    ).fetchone()
+    return row
+
+
+def _number(rows: Iterable[Sequence[int]]) -> int:
+    return next(iter(rows))[0]
