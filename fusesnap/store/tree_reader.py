@@ -113,7 +113,7 @@ class _Walk:
         elif stat.S_ISDIR(status.st_mode):
             self._enter(name)
             self._offset += _DIRECTORY_SIZE
-            names = map(os.fsencode, os.listdir(self._directory))  # noqa: PTH208 - of a descriptor
+            names = map(os.fsencode, os.listdir(self._directory))
             self._waiting.append(sorted(names, reverse=True))
             yield DirectoryStart(event_name)
         elif stat.S_ISLNK(status.st_mode):
