@@ -1,0 +1,81 @@
+"""The protocol of one binary cache.
+
+Words, as Nix uses them (manual, "Serving a Nix store via HTTP"; ``src/libstore/
+binary-cache-store.cc``):
+
+substituter
+    Somewhere that store paths can be fetched from instead of being built. Here always a *binary
+    cache*: a tree of files, ``nix-cache-info``, ``<hash part>.narinfo`` and what their fields
+    ``URL`` name, whether a server, a directory or a test holds them.
+narinfo
+    What a cache says of one store path: hash and size of its NAR, references, signatures, and where
+    the file is. It is of a cache: two caches may offer the same path with different files.
+NAR
+    The archive of a store path. A cache stores it compressed; what :meth:`Substituter.nar` gives
+    are the bytes of that file, and nothing here looks into them.
+priority
+    A number by which several caches are put in order, the lowest first (``Priority`` of
+    ``nix-cache-info``; ``DEFAULT_PRIORITY`` where a cache does not say).
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import AbstractAsyncContextManager
+from typing import Final, Protocol
+
+from fusesnap.nix.cache_info import CacheInfo
+from fusesnap.nix.narinfo import NarInfo
+from fusesnap.nix.store_path import StoreDir, StorePath
+
+# Nix's default of the store setting "priority" (src/libstore/binary-cache-store.hh).
+DEFAULT_PRIORITY: Final = 50
+CACHE_INFO_NAME: Final = "nix-cache-info"
+DEFAULT_STORE_DIR: Final = StoreDir()
+
+
+class Substituter(Protocol):
+    """One binary cache.
+
+    Every method may be called by any number of tasks at once, and may be cancelled at any point.
+    Errors are of :mod:`fusesnap.errors`, and their messages begin with the cache's ``url``:
+    PathNotFound where the cache answered that it has no such thing, InvalidData where its answer is
+    not what the format demands, and Unavailable where it gave no answer. Of the last there are two
+    kinds that say how to go on, :class:`fusesnap.substituter.retry.Refusal` and
+    :class:`~fusesnap.substituter.retry.Throttled`.
+    """
+
+    @property
+    def url(self) -> str:
+        """The cache's name in messages, in ``exclude`` and in the memory of narinfos.
+
+        Without a slash at its end, and without user name and password.
+        """
+
+    @property
+    def priority(self) -> int | None:
+        """The user's number for this cache, which overrules the cache's own; None if there is none."""
+
+    async def cache_info(self) -> CacheInfo:
+        """Ask what the cache says of itself.
+
+        A cache without ``nix-cache-info`` is taken as one for ``/nix/store`` that names no
+        priority. Raises Unavailable and InvalidData.
+        """
+
+    async def narinfo(self, path: StorePath) -> NarInfo:
+        """Ask for the narinfo of ``path``.
+
+        What comes back is well-formed and of exactly this path, and not yet trusted. Raises
+        PathNotFound, Unavailable, and InvalidData, also for a narinfo of another path.
+        """
+
+    def nar(self, info: NarInfo) -> AbstractAsyncContextManager[AsyncIterator[bytes]]:
+        """Read the file that ``info`` names, from its first byte to its last, in order.
+
+        The pieces are not empty, and at most 1 MiB long. The file is as stored: no transport
+        encoding is left, and no decompression done. Entering asks nothing; the iterator raises
+        PathNotFound where the file is gone, and Unavailable, also in its middle, where the bytes
+        stop, are fewer or more than ``FileSize`` or ``Content-Length`` announce, or are more than
+        any compression makes of ``NarSize``. What came before an error is a prefix of the file.
+        """

@@ -1,0 +1,141 @@
+"""Clients made from a configuration, against a real nginx."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import httpx
+import pytest
+
+from fusesnap.errors import InvalidConfiguration, PathNotFound, Unavailable
+from fusesnap.nix.narinfo import NarInfo
+from fusesnap.substituter.client import make_client, open_substituter
+from fusesnap.substituter.file import FileSubstituter
+from fusesnap.substituter.http import HttpSubstituter
+from fusesnap.substituter.retry import Refusal
+from tests.substituter.conftest import Nginx
+from tests.substituter.samples import Sample, sample
+from tests.substituter.scripted_server import MemoryNetwork, Reply
+
+
+async def read(substituter: HttpSubstituter, info: NarInfo) -> bytes:
+    async with substituter.nar(info) as pieces:
+        return b"".join([piece async for piece in pieces])
+
+
+def publish(nginx: Nginx, published: Sample) -> None:
+    (nginx.root / "nar").mkdir(exist_ok=True)
+    (nginx.root / published.narinfo_name).write_bytes(published.narinfo)
+    (nginx.root / published.info.url).write_bytes(published.file)
+
+
+async def test_certificate_of_a_stranger(nginx: Nginx) -> None:
+    async with make_client() as client:
+        with pytest.raises(Refusal, match=r"certificate is not accepted: .*unable to get"):
+            await HttpSubstituter(nginx.https, client).narinfo(sample().path)
+
+
+async def test_certificate_for_another_name(nginx: Nginx) -> None:
+    url = nginx.https.replace("127.0.0.1", "localhost")
+    async with make_client(ca_file=nginx.ca_file) as client:
+        with pytest.raises(Refusal, match=r"certificate is not accepted: .*localhost"):
+            await HttpSubstituter(url, client).narinfo(sample().path)
+
+
+async def test_http2_can_be_switched_off(nginx: Nginx) -> None:
+    versions = []
+
+    async def note(response: httpx.Response) -> None:
+        versions.append(response.http_version)
+
+    for http2 in (True, False):
+        async with make_client(ca_file=nginx.ca_file, http2=http2) as client:
+            client.event_hooks["response"].append(note)
+            with pytest.raises(PathNotFound):
+                await HttpSubstituter(nginx.https, client).narinfo(sample("none").path)
+    assert versions == ["HTTP/2", "HTTP/1.1"]
+
+
+async def test_nars_that_are_given_up_do_not_hold_up_the_others(nginx: Nginx) -> None:
+    published = sample("large", size=6 << 20, compression="none")
+    publish(nginx, published)
+    async with (
+        make_client(ca_file=nginx.ca_file) as client,
+        make_client(ca_file=nginx.ca_file, http2=False) as transfers,
+    ):
+        cache = HttpSubstituter(nginx.https, client, transfers=transfers)
+        for _ in range(6):
+            async with cache.nar(published.info) as pieces:
+                await anext(pieces)
+        assert await read(cache, await cache.narinfo(published.path)) == published.file
+
+
+async def test_nothing_listens(nginx: Nginx) -> None:
+    async with make_client() as client:
+        with pytest.raises(Unavailable, match=r"no connection: .*refused"):
+            await HttpSubstituter("http://127.0.0.1:1", client).narinfo(sample().path)
+
+
+async def test_netrc(network: MemoryNetwork, tmp_path: Path) -> None:
+    netrc = tmp_path / "netrc"
+    netrc.write_text("machine cache login me password secret\n")
+    published = sample()
+    for host in ("cache", "other"):
+        network.server(host).on(f"/{published.narinfo_name}", Reply(200, published.narinfo))
+    async with network.attach(make_client(netrc_file=netrc)) as client:
+        await HttpSubstituter("http://cache", client).narinfo(published.path)
+        await HttpSubstituter("http://other", client).narinfo(published.path)
+        await HttpSubstituter("http://you:too@cache", client).narinfo(published.path)
+    own = [request.headers.get("authorization") for request in network.servers["cache"].requests]
+    assert own == [
+        httpx.BasicAuth(*pair)._auth_header for pair in (("me", "secret"), ("you", "too"))
+    ]
+    assert "authorization" not in network.servers["other"].requests[0].headers
+
+
+@pytest.mark.parametrize("contents", [None, b"nonsense cache", b"\xff\xfe"])
+def test_netrc_that_cannot_be_read(tmp_path: Path, contents: bytes | None) -> None:
+    netrc = tmp_path / "netrc"
+    if contents is not None:
+        netrc.write_bytes(contents)
+    with pytest.raises(InvalidConfiguration, match=str(netrc)):
+        make_client(netrc_file=netrc)
+
+
+@pytest.mark.parametrize("contents", [None, "no certificate"])
+def test_certificate_authorities_that_cannot_be_read(tmp_path: Path, contents: str | None) -> None:
+    file = tmp_path / "ca.pem"
+    if contents is not None:
+        file.write_text(contents)
+    with pytest.raises(InvalidConfiguration, match=str(file)):
+        make_client(ca_file=file)
+
+
+@pytest.mark.parametrize("proxy", ["no-scheme", "ftp://host", "http://host:port"])
+def test_proxy_that_cannot_be_used(proxy: str) -> None:
+    with pytest.raises(InvalidConfiguration, match="proxy"):
+        make_client(proxy=proxy)
+
+
+async def test_proxy_carries_requests(nginx: Nginx, network: MemoryNetwork) -> None:
+    published = sample()
+    proxy = network.server("proxy")
+    proxy.on(f"http://cache/{published.narinfo_name}", Reply(200, published.narinfo))
+    client = make_client(proxy="http://proxy:3128")
+    for transport in client._mounts.values():
+        transport._pool._network_backend = network  # type: ignore[union-attr]
+    async with client:
+        cache = HttpSubstituter("http://cache", client)
+        assert await cache.narinfo(published.path) == published.info
+
+
+async def test_each_scheme_has_its_substituter(tmp_path: Path) -> None:
+    async with make_client() as client:
+        directory = open_substituter(f"file://{tmp_path}/?priority=3", client)
+        assert isinstance(directory, FileSubstituter)
+        assert (directory.url, directory.priority) == (f"file://{tmp_path}", 3)
+        server = open_substituter("https://host/?priority=0", client)
+        assert isinstance(server, HttpSubstituter)
+        assert (server.url, server.priority) == ("https://host", 0)
+        with pytest.raises(InvalidConfiguration):
+            open_substituter("s3://bucket", client)
