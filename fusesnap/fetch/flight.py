@@ -1,0 +1,122 @@
+"""One store path on its way from a cache into the local store, shared by everyone who waits for it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import trio
+
+from fusesnap.errors import DeadlineExceeded
+from fusesnap.nix.store_path import StorePath
+from fusesnap.nix.tree import Tree
+
+
+@dataclass(frozen=True, slots=True)
+class Reader:
+    """The process that the kernel named when it asked: ``pid`` in our namespace, ``command`` as ``comm`` has it."""
+
+    pid: int
+    command: str
+
+
+@dataclass(frozen=True, slots=True)
+class FlightState:
+    """What a person sees of a path being fetched. Sizes in bytes, ``seconds`` since the fetch began.
+
+    ``expected`` is the size of the compressed NAR where a narinfo told it. ``waiting`` counts those blocked on the
+    path now; ``readers`` are the last processes that asked.
+    """
+
+    path: StorePath
+    cache: str | None
+    received: int
+    expected: int | None
+    seconds: float
+    waiting: int
+    readers: tuple[Reader, ...]
+
+
+class Flight:
+    """The fetch of one path, with its waiters.
+
+    A waiter's clock counts time *without progress*, not time: a large NAR over a slow link may take an hour, and its
+    reader is served, as long as bytes keep coming.
+    """
+
+    READERS_KEPT = 8  # a whole thread pool may block on one path: enough to see who it is
+
+    def __init__(self, path: StorePath) -> None:
+        self.path = path
+        self.cache: str | None = None
+        self._received = 0
+        self._expected: int | None = None
+        self._began = self._progressed = trio.current_time()
+        self._landed = trio.Event()
+        self._outcome: Tree | Exception | None = None
+        self._waiting = 0
+        self._readers: dict[Reader, None] = {}
+
+    def begin(self, cache: str, expected: int | None) -> None:
+        """An offer was chosen: bytes come from ``cache``, ``expected`` of them where that is known."""
+        self.cache, self._expected, self._received = cache, expected, 0
+        self._progressed = trio.current_time()
+
+    def progress(self, count: int) -> None:
+        """``count`` more bytes of the compressed NAR are here."""
+        self._received += count
+        self._progressed = trio.current_time()
+
+    def land(self, outcome: Tree | Exception) -> None:
+        """The path is committed and this is its tree, or it cannot be had and this is why."""
+        self._outcome = outcome
+        self._landed.set()
+
+    async def landed(self) -> None:
+        """Return when it is over, however it ended. Its own limits see to it that it ends."""
+        await self._landed.wait()
+
+    async def wait(self, stall: float, reader: Reader | None) -> Tree:
+        """The path's tree, once it is committed.
+
+        Raises what the fetch raised, or ``DeadlineExceeded`` after ``stall`` seconds without progress.
+        """
+        if reader is not None:
+            self._remember(reader)
+        self._waiting += 1
+        try:
+            await self._wait_for_landing(stall)
+        finally:
+            self._waiting -= 1
+        if isinstance(self._outcome, Exception):
+            raise self._outcome
+        assert self._outcome is not None  # noqa: S101 - land() comes before the event
+        return self._outcome
+
+    async def _wait_for_landing(self, stall: float) -> None:
+        while not self._landed.is_set():
+            with trio.move_on_at(self._progressed + stall):
+                await self._landed.wait()
+            if not self._landed.is_set() and trio.current_time() >= self._progressed + stall:
+                source = self.cache or "any cache"
+                raise DeadlineExceeded(
+                    f"{self.path}: no progress for {stall:g} s: "
+                    f"{self._received} of {self._expected or 'unknown'} bytes came from {source}"
+                )
+
+    def _remember(self, reader: Reader) -> None:
+        self._readers.pop(reader, None)
+        self._readers[reader] = None
+        while len(self._readers) > self.READERS_KEPT:
+            del self._readers[next(iter(self._readers))]
+
+    def state(self) -> FlightState:
+        """A picture of this moment."""
+        return FlightState(
+            path=self.path,
+            cache=self.cache,
+            received=self._received,
+            expected=self._expected,
+            seconds=trio.current_time() - self._began,
+            waiting=self._waiting,
+            readers=tuple(self._readers),
+        )

@@ -1,0 +1,290 @@
+"""Makes store paths present: single flight, verified while streaming, committed by rename."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Sequence
+from contextlib import aclosing, asynccontextmanager
+from dataclasses import dataclass
+
+import trio
+
+from fusesnap.errors import (
+    ClosureUnavailable,
+    FusesnapError,
+    InvalidData,
+    PathNotFound,
+    Unavailable,
+    UntrustedPath,
+)
+from fusesnap.fetch.flight import Flight, FlightState, Reader
+from fusesnap.fetch.trees import Trees
+from fusesnap.fetch.unpack import Unpacker
+from fusesnap.nix.store_path import StorePath
+from fusesnap.nix.tree import Tree
+from fusesnap.store.local_store import LocalStore, Pin
+from fusesnap.store.staging import StagedPath
+from fusesnap.store.tree_reader import scan_tree
+from fusesnap.substituter.pool import Offer, SubstituterPool
+
+log = logging.getLogger(__name__)
+
+# A thread hop costs some 50 us: what arrives is gathered until it is worth one.
+GATHER = 256 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """``transfers``: NARs at once. ``lookups``: narinfos at once. ``stall``: seconds without progress for a reader."""
+
+    transfers: int = 8
+    lookups: int = 64
+    stall: float = 120.0
+
+
+class Realiser:
+    """The one place in a process that fetches.
+
+    ``nursery`` holds the transfers: they outlive the readers that asked for them, because the next reader will want
+    the same path, and end with the process. ``identify`` names a process by its pid, for people to see.
+    """
+
+    def __init__(
+        self,
+        store: LocalStore,
+        pool: SubstituterPool,
+        nursery: trio.Nursery,
+        limits: Limits,
+        identify: Callable[[int], Reader],
+    ) -> None:
+        self._store = store
+        self._pool = pool
+        self._nursery = nursery
+        self._limits = limits
+        self._identify = identify
+        self._transfers = trio.CapacityLimiter(limits.transfers)
+        self._flights: dict[StorePath, Flight] = {}
+        self._trees = Trees()
+
+    # ---------------------------------------------------------------- asking
+
+    async def admit(self, paths: Iterable[StorePath]) -> list[Pin]:
+        """Find out where every one of ``paths`` can be had, and pin it.
+
+        A path that is committed asks no cache. Raises ``ClosureUnavailable`` with one error a path that cannot be
+        had; then nothing of the list is pinned.
+        """
+        wanted = sorted(set(paths))
+        committed = await trio.to_thread.run_sync(self._store.committed_among, wanted)
+        offers: dict[StorePath, Offer] = {}
+        failures: dict[StorePath, FusesnapError] = {}
+        limiter = trio.CapacityLimiter(self._limits.lookups)
+
+        async def look_up(path: StorePath) -> None:
+            async with limiter:
+                try:
+                    offers[path] = await self._pool.find(path)
+                except FusesnapError as error:
+                    failures[path] = error
+
+        async with trio.open_nursery() as nursery:
+            for path in wanted:
+                if path not in committed:
+                    nursery.start_soon(look_up, path)
+        if failures:
+            raise ClosureUnavailable(failures[path] for path in sorted(failures))
+        return await trio.to_thread.run_sync(
+            self._store.pins, [offer.narinfo for offer in offers.values()]
+        )
+
+    async def closure(self, root: StorePath) -> list[StorePath]:
+        """``root`` and every path that it references, directly or not, admitted, in order of discovery.
+
+        Raises ``ClosureUnavailable``.
+        """
+        found: dict[StorePath, None] = {root: None}
+        frontier = [root]
+        while frontier:
+            await self.admit(frontier)
+            reached: list[StorePath] = []
+            for path in frontier:
+                for reference in await trio.to_thread.run_sync(self._references, path):
+                    if reference not in found:
+                        found[reference] = None
+                        reached.append(reference)
+            frontier = reached
+        return list(found)
+
+    # -------------------------------------------------------------- fetching
+
+    async def realise(self, path: StorePath, pid: int | None = None) -> Tree:
+        """The tree of ``path``, which is committed when this returns.
+
+        Any number of callers share one transfer. Raises the reason why it cannot be had (``PathNotFound``,
+        ``Unavailable``, ``UntrustedPath``, ``InvalidData``, ``StorageFailure``), or ``DeadlineExceeded``.
+        """
+        tree = await self._committed_tree(path)
+        if tree is not None:
+            return tree
+        reader = self._identify(pid) if pid is not None else None
+        return await self._flight(path).wait(self._limits.stall, reader)
+
+    def request(self, paths: Sequence[StorePath]) -> None:
+        """Start fetching what is missing of ``paths``, smallest first, without waiting."""
+        missing = [path for path in paths if not self._store.is_committed(path)]
+        self._nursery.start_soon(self._fetch_in_order, sorted(missing, key=self._size))
+
+    async def _fetch_in_order(self, paths: Sequence[StorePath]) -> None:
+        """Half of the transfers are left to readers, who wait."""
+        room = trio.Semaphore(max(1, self._limits.transfers // 2))
+        async with trio.open_nursery() as nursery:
+            for path in paths:
+                await room.acquire()
+                nursery.start_soon(self._release_after, self._flight(path), room)
+
+    async def _release_after(self, flight: Flight, room: trio.Semaphore) -> None:
+        await flight.landed()
+        room.release()
+
+    def cached_tree(self, ordinal: int) -> Tree | None:
+        """The tree behind an ordinal, if it is in memory: never waits."""
+        return self._trees.get(ordinal)
+
+    def flights(self) -> list[FlightState]:
+        """Every transfer of this moment, the longest running first."""
+        return [flight.state() for flight in self._flights.values()]
+
+    def _size(self, path: StorePath) -> int:
+        pin = self._store.pinned(path)
+        return pin.info.nar_size if pin is not None else 0
+
+    def _references(self, path: StorePath) -> tuple[StorePath, ...]:
+        valid = self._store.valid_path_info(
+            path
+        )  # perhaps real Nix brought it, and nobody pinned it
+        return valid.references if valid is not None else self._pin(path).info.references
+
+    def _pin(self, path: StorePath) -> Pin:
+        pin = self._store.pinned(path)
+        if pin is None:
+            raise PathNotFound(f"{path}: no image on this node names it")
+        return pin
+
+    async def _committed_tree(self, path: StorePath) -> Tree | None:
+        if not self._store.is_committed(path):
+            return None
+        pin = self._pin(path)
+        tree = self._trees.get(pin.ordinal)
+        if tree is None:
+            tree = await trio.to_thread.run_sync(scan_tree, self._store.location(path))
+            self._trees.put(pin.ordinal, tree)
+        return tree
+
+    def _flight(self, path: StorePath) -> Flight:
+        flight = self._flights.get(path)
+        if flight is None:
+            flight = self._flights[path] = Flight(path)
+            self._nursery.start_soon(self._fly, flight, name=f"fetch {path}")
+        return flight
+
+    async def _fly(self, flight: Flight) -> None:
+        outcome: Tree | Exception = Unavailable(
+            f"{flight.path}: the fetch was given up because the process ends"
+        )
+        try:
+            async with self._transfers:
+                outcome = await self._fetch(flight)
+        except Exception as error:
+            log.warning(
+                "%s cannot be had: %s",
+                flight.path,
+                error,
+                exc_info=not isinstance(error, FusesnapError),
+            )
+            outcome = error
+        finally:
+            del self._flights[flight.path]
+            flight.land(outcome)
+
+    async def _fetch(self, flight: Flight) -> Tree:
+        """Try one offer after the other until one of them is the path."""
+        failures: dict[str, FusesnapError] = {}
+        while True:
+            offer = await self._next_offer(flight.path, failures)
+            try:
+                pin = await self._accept(offer)
+                tree = await self._transfer(flight, offer, pin)
+            except (Unavailable, PathNotFound, InvalidData, UntrustedPath) as error:
+                log.warning("%s: %s: %s", offer.substituter.url, flight.path, error)
+                failures[offer.substituter.url] = error
+                await self._pool.report_bad(offer, error)
+            else:
+                self._trees.put(pin.ordinal, tree)
+                return tree
+
+    async def _next_offer(self, path: StorePath, failures: dict[str, FusesnapError]) -> Offer:
+        try:
+            return await self._pool.find(path, exclude=frozenset(failures))
+        except FusesnapError as error:
+            if not failures:
+                raise
+            said = "; ".join(named(url, failure) for url, failure in failures.items())
+            # What a cache sent weighs more than what the others lack: it names the culprit.
+            raise type(next(iter(failures.values())))(f"{path}: {said}") from error
+
+    async def _accept(self, offer: Offer) -> Pin:
+        """Pin the offer, unless the path is pinned to another NAR already: that is no substitute for it."""
+        info = offer.narinfo
+        pinned = self._store.pinned(info.store_path)
+        if pinned is None:
+            return await trio.to_thread.run_sync(self._store.pin, info)
+        if pinned.info.nar_hash != info.nar_hash:
+            raise InvalidData(
+                f"{info.store_path}: offers a NAR that hashes to {info.nar_hash}, "
+                f"but the path is in use as {pinned.info.nar_hash}"
+            )
+        return pinned
+
+    async def _transfer(self, flight: Flight, offer: Offer, pin: Pin) -> Tree:
+        flight.begin(offer.substituter.url, offer.narinfo.file_size)
+        async with self._staging(pin) as staged:
+            unpacker = Unpacker(offer.narinfo, staged)
+            async with (
+                offer.substituter.nar(offer.narinfo) as stream,
+                aclosing(gather(stream, flight)) as pieces,
+            ):
+                async for piece in pieces:
+                    await trio.to_thread.run_sync(unpacker.feed, piece)
+            tree = await trio.to_thread.run_sync(unpacker.finish)
+            await trio.to_thread.run_sync(staged.commit)
+        return tree
+
+    @asynccontextmanager
+    async def _staging(self, pin: Pin) -> AsyncIterator[StagedPath]:
+        staged = await trio.to_thread.run_sync(self._store.stage, pin)
+        try:
+            yield staged
+        finally:
+            with trio.CancelScope(shield=True):  # a few unlinks of local files: short, and owed
+                await trio.to_thread.run_sync(staged.__exit__, None, None, None)
+
+
+def named(url: str, failure: FusesnapError) -> str:
+    """What went wrong, with the cache's name in front."""
+    said = str(failure)
+    return said if said.startswith(url) else f"{url}: {said}"
+
+
+async def gather(stream: AsyncIterator[bytes], flight: Flight) -> AsyncGenerator[bytes, None]:
+    """The bytes of ``stream`` in pieces of at least ``GATHER`` bytes (but for the last), counted into ``flight``."""
+    held: list[bytes] = []
+    size = 0
+    async for piece in stream:
+        flight.progress(len(piece))
+        held.append(piece)
+        size += len(piece)
+        if size >= GATHER:
+            yield b"".join(held)
+            held, size = [], 0
+    if held:
+        yield b"".join(held)

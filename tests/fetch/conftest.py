@@ -1,0 +1,49 @@
+"""A realiser on a real local store, with caches in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import trio
+
+from fusesnap.fetch.flight import Reader
+from fusesnap.fetch.realiser import Limits, Realiser
+from fusesnap.nix.store_path import StoreDir
+from fusesnap.store.local_store import LocalStore
+from fusesnap.substituter.memory import MemorySubstituter
+from fusesnap.substituter.narinfo_cache import NarInfoCache
+from fusesnap.substituter.pool import SubstituterPool
+from fusesnap.substituter.retry import RetryPolicy
+
+from ..substituter.samples import TRUSTED
+
+MakeRealiser = Callable[..., Realiser]
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[LocalStore]:
+    with LocalStore.open(tmp_path / "state", StoreDir(), clock=lambda: 0.0) as opened:
+        yield opened
+
+
+@pytest.fixture
+async def make_realiser(store: LocalStore, nursery: trio.Nursery) -> MakeRealiser:
+    """A realiser that reads the given caches, without waits between attempts."""
+
+    async def at_once(seconds: float) -> None:
+        await trio.lowlevel.checkpoint()
+
+    def make(*caches: MemorySubstituter, limits: Limits | None = None) -> Realiser:
+        pool = SubstituterPool(
+            caches,
+            store_dir=StoreDir(),
+            trusted_keys=TRUSTED,
+            narinfo_cache=NarInfoCache(":memory:", lambda: 0.0),
+            retry=RetryPolicy(sleep=at_once),
+            deadline=10.0,
+        )
+        return Realiser(store, pool, nursery, limits or Limits(), lambda pid: Reader(pid, "test"))
+
+    return make

@@ -1,0 +1,93 @@
+"""A waiter's clock counts time without progress."""
+
+from __future__ import annotations
+
+import pytest
+import trio
+from trio.testing import MockClock
+
+from fusesnap.errors import DeadlineExceeded, Unavailable
+from fusesnap.fetch.flight import Flight, Reader
+from fusesnap.nix.nar import NarEnd, Symlink
+from fusesnap.nix.store_path import StorePath
+from fusesnap.nix.tree import Tree, TreeBuilder
+
+PATH = StorePath("0" * 32, "path")
+
+
+def tree() -> Tree:
+    builder = TreeBuilder()
+    builder.receive(Symlink(b"", b"target"))
+    builder.receive(NarEnd())
+    return builder.tree()
+
+
+async def test_everybody_gets_what_lands(autojump_clock: MockClock) -> None:
+    flight = Flight(PATH)
+    landed = tree()
+    found = []
+
+    async def wait() -> None:
+        found.append(await flight.wait(10, None))
+
+    async with trio.open_nursery() as nursery:
+        for _ in range(3):
+            nursery.start_soon(wait)
+        await trio.sleep(5)
+        assert flight.state().waiting == 3
+        flight.land(landed)
+    assert found == [landed] * 3
+    assert flight.state().waiting == 0
+
+
+async def test_without_progress_a_waiter_gives_up_and_says_what_came(
+    autojump_clock: MockClock,
+) -> None:
+    flight = Flight(PATH)
+    flight.begin("http://cache", 1000)
+    flight.progress(250)
+    with pytest.raises(
+        DeadlineExceeded, match=r"no progress for 10 s: 250 of 1000 .* http://cache"
+    ):
+        await flight.wait(10, None)
+    assert trio.current_time() == pytest.approx(10)
+
+
+async def test_as_long_as_bytes_come_it_waits(autojump_clock: MockClock) -> None:
+    flight = Flight(PATH)
+    flight.begin("http://cache", None)
+
+    async def trickle() -> None:
+        for _ in range(100):
+            await trio.sleep(9)
+            flight.progress(1)
+        flight.land(tree())
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(trickle)
+        await flight.wait(10, None)
+    assert trio.current_time() == pytest.approx(900)
+
+
+async def test_what_went_wrong_reaches_every_waiter() -> None:
+    flight = Flight(PATH)
+    flight.land(Unavailable("down"))
+    for _ in range(2):
+        with pytest.raises(Unavailable, match="down"):
+            await flight.wait(10, None)
+
+
+async def test_the_last_readers_are_remembered_and_no_more() -> None:
+    flight = Flight(PATH)
+    flight.land(tree())
+    for pid in range(50):
+        await flight.wait(10, Reader(pid, "cat"))
+    pids = [reader.pid for reader in flight.state().readers]
+    assert pids == list(range(50 - Flight.READERS_KEPT, 50))
+
+
+async def test_a_cancelled_waiter_is_gone(autojump_clock: MockClock) -> None:
+    flight = Flight(PATH)
+    with trio.move_on_after(1):
+        await flight.wait(10, None)
+    assert flight.state().waiting == 0
