@@ -1,0 +1,1 @@
+"""What we serve over gRPC; the only room that knows it."""

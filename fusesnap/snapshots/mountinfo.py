@@ -1,0 +1,57 @@
+"""Which overlay mounts there are, as ``/proc/self/mountinfo`` says (proc(5)).
+
+Only the mounts of our own mount namespace are seen. Everything that is decided from this errs on the side of "in use".
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from fusesnap.store.storage_errors import storage
+
+MOUNTINFO: Final = Path("/proc/self/mountinfo")
+
+_ESCAPE: Final = re.compile(rb"\\([0-7]{3})")  # the kernel's: space, comma, backslash and more
+_MARK: Final = b"upperdir="
+
+
+@dataclass(frozen=True, slots=True)
+class OverlayMount:
+    """One overlay mount. ``options`` are as given to mount(2): relative lower directories stay relative."""
+
+    options: str
+    upper: str | None
+
+    def names_all(self, names: tuple[str, ...]) -> bool:
+        """Whether all of these strings occur in its options."""
+        return all(name in self.options for name in names)
+
+
+def overlay_mounts(path: Path = MOUNTINFO) -> tuple[OverlayMount, ...]:
+    """The overlay mounts that there are now. Raises ``StorageFailure``."""
+    with storage("read", path):
+        return parse(path.read_bytes())
+
+
+def parse(text: bytes) -> tuple[OverlayMount, ...]:
+    """The overlay mounts in the text of a mountinfo file."""
+    mounts = []
+    for line in text.splitlines():
+        _, _, rest = line.partition(b" - ")
+        kind, _, source_and_options = rest.partition(b" ")
+        if kind == b"overlay":
+            mounts.append(_overlay(source_and_options.partition(b" ")[2]))
+    return tuple(mounts)
+
+
+def _overlay(options: bytes) -> OverlayMount:
+    uppers = [word[len(_MARK) :] for word in options.split(b",") if word.startswith(_MARK)]
+    return OverlayMount(_unescape(options), _unescape(uppers[0]) if uppers else None)
+
+
+def _unescape(text: bytes) -> str:
+    plain = _ESCAPE.sub(lambda match: bytes([int(match[1], 8) & 0xFF]), text)
+    return plain.decode(errors="surrogateescape")

@@ -1,0 +1,414 @@
+"""The snapshotter: overlayfs as containerd's own has it, with the local store above the layers of Nix images."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Final
+
+import trio
+
+from fusesnap.errors import FailedPrecondition, InvalidArgument, StorageFailure, Unsupported
+from fusesnap.nix.store_path import StoreDir
+from fusesnap.snapshots import overlay
+from fusesnap.snapshots.completion import complete
+from fusesnap.snapshots.directories import Directories, remove_tree
+from fusesnap.snapshots.farms import STORE_NAME, Farms
+from fusesnap.snapshots.interface import (
+    CommittedStore,
+    Info,
+    Kind,
+    LazyLayer,
+    Mount,
+    PathSource,
+    Snapshots,
+    Usage,
+)
+from fusesnap.snapshots.layer_content import OPAQUE_XATTR
+from fusesnap.snapshots.metastore import Metastore
+from fusesnap.snapshots.mountinfo import OverlayMount, overlay_mounts
+from fusesnap.snapshots.nix_layer import NixLayers
+from fusesnap.snapshots.overlay import OverlayOptions
+from fusesnap.snapshots.records import Chain, Generation, NixFacts, Snapshot
+from fusesnap.snapshots.transaction import Transaction
+from fusesnap.snapshots.usage import disk_usage
+from fusesnap.snapshots.views import Plan, Views
+from fusesnap.store.storage_errors import storage
+
+log = logging.getLogger(__name__)
+
+# containerd's API: "The combined size of a key/value pair cannot exceed 4096 bytes."
+MAX_LABEL_SIZE: Final = 4096
+# Keys under which containerd unpacks layers: "<namespace>/<n>/extract-<unique> <chain id>".
+UNPACK_PREFIX: Final = "extract-"
+
+
+class Snapshotter(Snapshots):
+    """The snapshots of one state directory. For the calls see :class:`Snapshots`."""
+
+    def __init__(
+        self,
+        root: Path,
+        metastore: Metastore,
+        store: CommittedStore,
+        paths: PathSource,
+        farms: Farms,
+        lazy: LazyLayer | None,
+        *,
+        store_dir: StoreDir,
+        options: OverlayOptions,
+        recognise_by_content: bool,
+        clock: Callable[[], float],
+    ) -> None:
+        """Take the collaborators; ``clock`` gives seconds since the epoch.
+
+        ``lazy`` serves what is missing; without it everything is realised before a mount is answered. Raises
+        ``InvalidConfiguration`` where ``root`` cannot be named in mount options.
+        """
+        overlay.check_root(root)
+        self._metastore = metastore
+        self._store = store
+        self._farms = farms
+        self._store_dir = store_dir
+        self._options = options
+        self._clock = clock
+        self._directories = Directories(root / "snapshots")
+        self._nix = NixLayers(store, paths, store_dir, by_content=recognise_by_content)
+        self._views = Views(store, paths, self._nix, lazy, store_dir)
+
+    async def recover(self) -> None:
+        """Remove what an earlier life has left half-made. To be called once, before any other call.
+
+        Raises ``Unsupported`` where the store layer could let an image reach into store paths.
+        """
+        await trio.to_thread.run_sync(self._recover)
+
+    async def files_views(self) -> frozenset[Path]:
+        """The views of single files that mounts of existing snapshots were answered with."""
+
+        def read() -> frozenset[Path]:
+            with self._metastore.reading() as transaction:
+                return frozenset(transaction.files_views())
+
+        return await trio.to_thread.run_sync(read)
+
+    async def stat(self, key: str) -> Info:
+        """See :class:`Snapshots`."""
+        return (await trio.to_thread.run_sync(self._read, key)).info
+
+    async def update(self, info: Info, fields: Sequence[str] = ()) -> Info:
+        """See :class:`Snapshots`."""
+        given = _checked_labels(info.labels)
+
+        def write() -> Info:
+            with self._metastore.writing() as transaction:
+                labels = _masked(transaction.snapshot(info.name).info.labels, given, fields)
+                return transaction.update_labels(info.name, labels, self._now()).info
+
+        return await trio.to_thread.run_sync(write)
+
+    async def usage(self, key: str) -> Usage:
+        """See :class:`Snapshots`."""
+        snapshot = await trio.to_thread.run_sync(self._read, key)
+        if snapshot.info.kind is not Kind.ACTIVE:
+            return snapshot.usage
+        # Only reads, and may take long: a caller that goes away need not be waited for.
+        return await trio.to_thread.run_sync(
+            disk_usage, self._directories.fs(snapshot.id), abandon_on_cancel=True
+        )
+
+    async def walk(self, matches: Callable[[Info], bool] | None = None) -> Sequence[Info]:
+        """See :class:`Snapshots`."""
+
+        def read() -> list[Info]:
+            with self._metastore.reading() as transaction:
+                infos = [snapshot.info for snapshot in transaction.snapshots()]
+            return [info for info in infos if matches is None or matches(info)]
+
+        return await trio.to_thread.run_sync(read)
+
+    async def prepare(self, key: str, parent: str, labels: Mapping[str, str]) -> Sequence[Mount]:
+        """See :class:`Snapshots`.
+
+        Where labels name store paths, they are admitted here already: containerd holds its own database's lock
+        during Commit, and an image that cannot be had should fail before its layers are fetched.
+        """
+        return await self._create(Kind.ACTIVE, key, parent, _checked_labels(labels))
+
+    async def view(self, key: str, parent: str, labels: Mapping[str, str]) -> Sequence[Mount]:
+        """See :class:`Snapshots`."""
+        return await self._create(Kind.VIEW, key, parent, _checked_labels(labels))
+
+    async def mounts(self, key: str) -> Sequence[Mount]:
+        """See :class:`Snapshots`.
+
+        While a snapshot is mounted the answer is what it is mounted with: whoever mounts it a second time (a diff
+        does) must see the same layers under the same upper directory. Otherwise it is the best that there is now, so
+        that a container which is started again does without FUSE as soon as its closure is complete. Everything that
+        was ever answered stays on disk until Remove: a client mounts later than it asks.
+        """
+
+        def read() -> tuple[Snapshot, Chain, list[Generation]]:
+            with self._metastore.reading() as transaction:
+                snapshot = transaction.snapshot(key)
+                if snapshot.info.kind is Kind.COMMITTED:
+                    raise FailedPrecondition(
+                        f"snapshot {key!r}: expected an active snapshot or a view, got a committed one"
+                    )
+                chain = transaction.chain(snapshot.info.parent)
+                return snapshot, chain, transaction.generations(snapshot.id)
+
+        snapshot, chain, answered = await trio.to_thread.run_sync(read)
+        if not _shows_store(key, chain):
+            return self._mounts(snapshot.id, snapshot.info.kind, chain, None)
+        generation = await trio.to_thread.run_sync(self._standing, snapshot, answered)
+        if generation is None:
+            plan = await self._views.plan(chain, self._image_layers(chain))
+            generation = plan.generation
+            await trio.to_thread.run_sync(self._answer_with, key, plan)
+        return self._mounts(snapshot.id, snapshot.info.kind, chain, generation)
+
+    async def commit(
+        self, name: str, key: str, labels: Mapping[str, str], parent: str = ""
+    ) -> None:
+        """See :class:`Snapshots`."""
+        labels = _checked_labels(labels)
+
+        def check() -> tuple[Snapshot, Chain]:
+            with self._metastore.reading() as transaction:
+                active = transaction.check_commit(key, name, parent)
+                return active, transaction.chain(active.info.parent)
+
+        active, chain = await trio.to_thread.run_sync(check)
+        all_labels = {**active.info.labels, **labels}
+        facts = await self._nix.facts(
+            self._directories.fs(active.id), all_labels, chain.paths, self._image_layers(chain)
+        )
+        await trio.to_thread.run_sync(self._commit, active.id, key, name, parent, labels, facts)
+
+    async def remove(self, key: str) -> None:
+        """See :class:`Snapshots`."""
+
+        def remove() -> None:
+            with self._metastore.writing() as transaction:
+                transaction.remove(key)
+            try:
+                self._sweep()
+            except StorageFailure as error:  # the snapshot is gone: cleanup finds what it has left
+                log.warning("%s", error)
+
+        await trio.to_thread.run_sync(remove)
+
+    async def cleanup(self) -> None:
+        """See :class:`Snapshots`."""
+        await trio.to_thread.run_sync(self._sweep)
+
+    async def _create(
+        self, kind: Kind, key: str, parent: str, labels: Mapping[str, str]
+    ) -> Sequence[Mount]:
+        def check() -> Chain:
+            with self._metastore.reading() as transaction:
+                chain = transaction.chain(parent)
+                transaction.check_free(key)
+                return chain
+
+        chain = await trio.to_thread.run_sync(check)
+        if kind is Kind.ACTIVE:
+            await self._nix.labelled(labels)
+        plan = None
+        if _shows_store(key, chain):
+            plan = await self._views.plan(chain, self._image_layers(chain))
+        id_ = await trio.to_thread.run_sync(self._insert, kind, key, parent, labels, plan)
+        return self._mounts(id_, kind, chain, plan.generation if plan is not None else None)
+
+    def _insert(
+        self, kind: Kind, key: str, parent: str, labels: Mapping[str, str], plan: Plan | None
+    ) -> int:
+        if plan is not None:
+            self._build(plan)  # may take long: not while others wait for their turn to write
+        with self._metastore.writing() as transaction:
+            id_ = transaction.create(kind, key, parent, labels, self._now()).id
+            parent_id = transaction.snapshot(parent).id if parent else None
+            if plan is not None:
+                self._record(transaction, id_, parent_id, plan)
+            self._directories.create(id_, kind, parent_id)
+        return id_
+
+    def _answer_with(self, key: str, plan: Plan) -> None:
+        self._build(plan)
+        with self._metastore.writing() as transaction:
+            snapshot = transaction.snapshot(key)
+            parent = transaction.snapshot(snapshot.info.parent)
+            self._record(transaction, snapshot.id, parent.id, plan)
+
+    def _build(self, plan: Plan) -> None:
+        for farm in plan.farms:
+            self._farms.ensure(farm)
+
+    def _record(self, transaction: Transaction, id_: int, parent: int | None, plan: Plan) -> None:
+        """Refer to a generation, from the snapshot and from its parent: the image's next container finds it there."""
+        self._build(
+            plan
+        )  # between building and this turn another may have removed what nobody referred to
+        transaction.add_generation(id_, plan.generation)
+        if parent is not None:
+            transaction.set_generation(parent, plan.generation)
+
+    def _commit(
+        self,
+        id_: int,
+        key: str,
+        name: str,
+        parent: str,
+        labels: Mapping[str, str],
+        facts: NixFacts,
+    ) -> None:
+        usage = disk_usage(self._directories.fs(id_))
+        if facts.overridden.completed:
+            complete(
+                self._directories.base(id_),
+                sorted(facts.overridden.completed),
+                self._store,
+                self._store_dir,
+            )
+        with self._metastore.writing() as transaction:
+            transaction.commit(
+                key, name, parent, labels=labels, usage=usage, nix=facts, now=self._now()
+            )
+        if facts.paths:
+            log.info("snapshot %s stands for %d store paths", name, len(facts.paths))
+
+    def _standing(self, snapshot: Snapshot, answered: list[Generation]) -> Generation | None:
+        """The generation to answer with again: what is mounted, or what cannot get better."""
+        mounted = self._mounted(snapshot, answered)
+        if mounted is not None:
+            return mounted
+        newest = answered[-1] if answered else None
+        if newest is not None and newest.complete and self._farms.are_there(newest.farms):
+            return newest
+        return None
+
+    def _mounted(self, snapshot: Snapshot, answered: list[Generation]) -> Generation | None:
+        """The generation that the snapshot is mounted with, if it is."""
+        mounts = overlay_mounts()
+        if snapshot.info.kind is Kind.ACTIVE:
+            upper = str(self._directories.fs(snapshot.id))
+            mounts = tuple(mount for mount in mounts if mount.upper == upper)
+            if mounts and answered:
+                return _used(answered, mounts) or answered[-1]
+            return None
+        # A view has nothing of its own in its mount: another's mount with the same layers counts as its own.
+        return _used(answered, mounts)
+
+    def _mounts(
+        self, id_: int, kind: Kind, chain: Chain, generation: Generation | None
+    ) -> tuple[Mount, ...]:
+        lowers = [*self._image_layers(chain)]
+        if generation is not None:
+            lowers[:0] = overlay.view_layers(generation, self._farms, self._store.layer)
+        fs = self._directories.fs(id_)
+        if not lowers:
+            return (overlay.bind(fs, writable=kind is Kind.ACTIVE),)
+        if kind is Kind.VIEW and len(lowers) == 1:  # overlayfs wants two layers
+            return (overlay.bind(lowers[0], writable=False),)
+        upper = (fs, self._directories.work(id_)) if kind is Kind.ACTIVE else None
+        redirects = generation is not None
+        return (overlay.overlay(lowers, self._options, upper=upper, redirects=redirects),)
+
+    def _image_layers(self, chain: Chain) -> list[Path]:
+        layers = []
+        for layer in chain.layers:
+            layers.append(self._directories.fs(layer.id))
+            if layer.completed:
+                layers.append(self._directories.base(layer.id))
+        return layers
+
+    def _read(self, key: str) -> Snapshot:
+        with self._metastore.reading() as transaction:
+            return transaction.snapshot(key)
+
+    def _recover(self) -> None:
+        self._check_store_layer()
+        for leftover in (*self._farms.remove_unfinished(), *self._sweep()):
+            log.warning("removed %s, which no snapshot owns", leftover)
+        with self._metastore.reading() as transaction:
+            ids = transaction.ids()
+        for id_ in self._directories.missing(ids):
+            log.error("the directory %s of a snapshot is missing", self._directories.fs(id_))
+
+    def _check_store_layer(self) -> None:
+        """Overlayfs looks below a redirect's target in every further layer: only the opaque mark ends that search."""
+        path = self._store.layer / STORE_NAME
+        with storage("read", path):
+            try:
+                opaque = os.getxattr(path, OPAQUE_XATTR)
+            except OSError as error:
+                raise Unsupported(
+                    f"{path}: expected the extended attribute {OPAQUE_XATTR}: {error.strerror}"
+                ) from error
+        if opaque != b"y":
+            raise Unsupported(f"{path}: expected {OPAQUE_XATTR} = 'y', got {opaque!r}")
+
+    def _sweep(self) -> list[Path]:
+        """Remove what no snapshot owns; says what there was. What cannot be removed is left for the next time."""
+        with self._metastore.writing() as transaction:
+            rubbish = [
+                *self._directories.set_orphans_aside(transaction.ids()),
+                *self._farms.set_aside_unused(transaction.farms(), overlay_mounts()),
+            ]
+        for path in rubbish:
+            try:
+                remove_tree(path)
+            except StorageFailure as error:
+                log.warning("%s", error)
+        return rubbish
+
+    def _now(self) -> int:
+        return int(self._clock() * 1_000_000) * 1_000  # a float has no nanoseconds to give
+
+
+def _shows_store(key: str, chain: Chain) -> bool:
+    """Whether a snapshot's mounts have the store above the image. A layer being unpacked goes onto plain layers."""
+    return bool(chain.paths) and not key.rpartition("/")[2].startswith(UNPACK_PREFIX)
+
+
+def _used(answered: Sequence[Generation], mounts: Sequence[OverlayMount]) -> Generation | None:
+    """The newest generation that one of ``mounts`` has all farms of, those with more farms first."""
+    newest_first = list(reversed(answered))
+    for generation in sorted(newest_first, key=lambda one: len(one.farms), reverse=True):
+        if any(mount.names_all(generation.farms) for mount in mounts):
+            return generation
+    return None
+
+
+def _checked_labels(labels: Mapping[str, str]) -> dict[str, str]:
+    """Labels as they are stored: an empty value is no label, as in containerd."""
+    for key, value in labels.items():
+        size = len(key.encode()) + len(value.encode())
+        if size > MAX_LABEL_SIZE:
+            raise InvalidArgument(
+                f"label {key[:64]!r}: expected at most {MAX_LABEL_SIZE} bytes with its value, got {size}"
+            )
+    return {key: value for key, value in labels.items() if value}
+
+
+def _masked(
+    old: Mapping[str, str], new: Mapping[str, str], fields: Sequence[str]
+) -> Mapping[str, str]:
+    """``old`` labels with the ``fields`` of ``new`` in place. Raises ``InvalidArgument``."""
+    labels = dict(old)
+    for field in fields or ("labels",):
+        name, dot, key = field.partition(".")
+        if name != "labels" or (dot and not key):
+            raise InvalidArgument(
+                f"cannot update field {field!r} of a snapshot: expected 'labels' or 'labels.<key>'"
+            )
+        if not dot:
+            labels = dict(new)
+        elif key in new:
+            labels[key] = new[key]
+        else:
+            labels.pop(key, None)
+    return labels
