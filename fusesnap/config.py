@@ -1,0 +1,143 @@
+"""What a person may set, checked: every error names the file, the key and what was expected."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from fusesnap.errors import FusesnapError, InvalidConfiguration
+from fusesnap.nix.signature import PublicKey
+from fusesnap.nix.store_path import StoreDir
+
+# What Nix itself has where nothing is said.
+DEFAULT_SUBSTITUTER = "https://cache.nixos.org"
+DEFAULT_KEY = "cache.nixos.org-1:6NCHdD59X431o0gWypbMrAURkbJ16ZPMQFGspcDShjY="
+DEFAULT_ROOT = Path("/var/lib/fusesnap")
+SOCKET_NAME = "fusesnap.sock"
+
+
+class Fetch(BaseModel):
+    """Table ``[fetch]``: how patient and how greedy fetching is."""
+
+    model_config = ConfigDict(
+        extra="forbid", alias_generator=lambda name: name.replace("_", "-"), populate_by_name=True
+    )
+
+    transfers: int = Field(8, ge=1, le=256, description="NARs fetched at once")
+    lookups: int = Field(64, ge=1, le=1024, description="narinfos asked for at once")
+    stall_timeout: float = Field(
+        120.0, gt=0, description="seconds without progress after which a reader gets an error"
+    )
+    lookup_timeout: float = Field(
+        30.0, gt=0, description="seconds that all caches together have to answer for one narinfo"
+    )
+    idle_timeout: float = Field(
+        20.0, gt=0, description="seconds that a cache may say nothing in the middle of an answer"
+    )
+    connect_timeout: float = Field(10.0, gt=0, description="seconds for a connection to a cache")
+
+
+class Settings(BaseModel):
+    """The whole configuration of a daemon, a mount or a prefetch.
+
+    Keys are spelled with hyphens in the file, as Nix spells its own: ``trusted-public-keys``.
+    """
+
+    model_config = ConfigDict(
+        extra="forbid", alias_generator=lambda name: name.replace("_", "-"), populate_by_name=True
+    )
+
+    root: Path = Field(DEFAULT_ROOT, description="state directory")
+    address: Path | None = Field(
+        None, description="unix socket for containerd; <root>/fusesnap.sock if not given"
+    )
+    store_dir: str = Field("/nix/store", description="the store directory that paths are named by")
+    substituters: list[str] = Field(default_factory=lambda: [DEFAULT_SUBSTITUTER])
+    trusted_public_keys: list[str] = Field(default_factory=lambda: [DEFAULT_KEY])
+    netrc_file: Path | None = Field(None, description="user names and passwords of caches, by host")
+    recognise_by_content: bool = Field(
+        True,
+        description="take a layer that holds only store path placeholders for a Nix layer, without labels",
+    )
+    readahead_kib: int = Field(
+        16, ge=0, le=8192, description="kernel readahead on the lazy mount, in KiB"
+    )
+    fetch: Fetch = Field(default_factory=Fetch)
+
+    @field_validator("substituters")
+    @classmethod
+    def _urls(cls, urls: list[str]) -> list[str]:
+        for url in urls:
+            if not url.startswith(("http://", "https://", "file://")):
+                raise ValueError(f"{url!r}: a substituter is an http://, https:// or file:// URL")
+        return [url.rstrip("/") for url in urls]
+
+    @field_validator("trusted_public_keys")
+    @classmethod
+    def _keys(cls, keys: list[str]) -> list[str]:
+        for key in keys:
+            try:
+                PublicKey.parse(key)
+            except FusesnapError as error:
+                raise ValueError(str(error)) from error
+        return keys
+
+    @field_validator("store_dir")
+    @classmethod
+    def _store_dir(cls, path: str) -> str:
+        if not path.startswith("/") or path.endswith("/"):
+            raise ValueError(f"{path!r}: an absolute path without a slash at its end is expected")
+        return StoreDir(path).path
+
+    @property
+    def socket(self) -> Path:
+        """Where containerd finds us."""
+        return self.address if self.address is not None else self.root / SOCKET_NAME
+
+
+def load(path: Path | None, overrides: dict[str, Any]) -> Settings:
+    """The settings of the TOML file ``path`` (defaults without one), with ``overrides`` from the command line on top.
+
+    An override that is ``None`` or empty was not given. Substituters that are given without keys keep no default key:
+    the public cache's key vouches for the public cache only. Raises ``InvalidConfiguration``.
+    """
+    values = _read(path) if path is not None else {}
+    values |= {key: value for key, value in overrides.items() if value not in (None, (), [])}
+    if "substituters" in values:
+        values.setdefault("trusted-public-keys", [])
+    return check(values, str(path) if path is not None else "command line")
+
+
+def check(values: dict[str, Any], source: str) -> Settings:
+    """``values`` as settings. Raises ``InvalidConfiguration`` with a line for each that is not usable."""
+    try:
+        return Settings.model_validate(values)
+    except ValidationError as error:
+        raise InvalidConfiguration(
+            "\n".join(_explain(source, problem) for problem in error.errors())
+        ) from error
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InvalidConfiguration(f"{path}: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InvalidConfiguration(f"{path}: not a TOML file: {error}") from error
+
+
+def _explain(source: str, problem: Any) -> str:
+    key = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        model = Fetch if key.startswith("fetch.") else Settings
+        return f"{source}: unknown key {key!r}; known are {', '.join(_known(model))}"
+    return f"{source}: {key}: {problem['msg'].removeprefix('Value error, ')}"
+
+
+def _known(model: type[BaseModel]) -> Iterable[str]:
+    return sorted(field.alias or name for name, field in model.model_fields.items())

@@ -1,0 +1,113 @@
+"""The control socket: hints to the worker and questions about it, one JSON line each way a connection.
+
+It carries nothing that correctness rests on: the processes share their state through the database and the store.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import socket
+from collections.abc import Awaitable, Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import trio
+
+from fusesnap.errors import DeadlineExceeded, FusesnapError, InvalidData, Unavailable
+
+log = logging.getLogger(__name__)
+
+SOCKET_NAME = "control.sock"
+# A hint names at most a closure: 10,000 paths of some 100 bytes. More is not ours.
+MAX_LINE = 4 * 1024 * 1024
+ANSWER_WITHIN = (
+    10.0  # seconds; the other side is a process of this machine that only looks into its memory
+)
+
+Answer = Callable[[Mapping[str, Any]], Awaitable[dict[str, Any]]]
+
+
+async def serve(
+    path: Path, calls: Mapping[str, Answer], task_status: trio.TaskStatus[None]
+) -> None:
+    """Answer ``calls`` by name on the unix socket ``path``, taking over from whoever listened there."""
+    listener = _listen(path)
+    task_status.started()
+
+    async def handle(stream: trio.SocketStream) -> None:
+        try:
+            with trio.fail_after(ANSWER_WITHIN):
+                await stream.send_all(await _answer(calls, await _receive_line(stream)))
+        except (trio.TooSlowError, trio.BrokenResourceError, FusesnapError) as error:
+            log.warning("control socket: %r", error)
+        finally:
+            await trio.aclose_forcefully(stream)
+
+    await trio.serve_listeners(handle, [trio.SocketListener(listener)])
+
+
+async def ask(path: Path, call: str, **arguments: Any) -> dict[str, Any]:
+    """The answer of whoever serves ``path`` to ``call``. Raises ``Unavailable``, ``DeadlineExceeded``."""
+    try:
+        with trio.fail_after(ANSWER_WITHIN):
+            async with await trio.open_unix_socket(path) as stream:
+                await stream.send_all(json.dumps({"call": call, **arguments}).encode() + b"\n")
+                answer = await _receive_line(stream)
+    except trio.TooSlowError as error:
+        raise DeadlineExceeded(
+            f"{path}: no answer to {call!r} within {ANSWER_WITHIN:g} s"
+        ) from error
+    except (OSError, trio.BrokenResourceError) as error:
+        raise Unavailable(
+            f"{path}: no worker answers there ({error}): is the daemon running?"
+        ) from error
+    if "error" in answer:
+        raise Unavailable(f"{path}: {answer['error']}")
+    return answer
+
+
+async def _answer(calls: Mapping[str, Answer], question: Mapping[str, Any]) -> bytes:
+    call = str(question.get("call"))
+    if call not in calls:
+        answer = {"error": f"unknown call {call!r}; known are {', '.join(sorted(calls))}"}
+    else:
+        try:
+            answer = await calls[call](question)
+        except FusesnapError as error:
+            answer = {"error": str(error)}
+    return json.dumps(answer).encode() + b"\n"
+
+
+async def _receive_line(stream: trio.SocketStream) -> dict[str, Any]:
+    received = bytearray()
+    while not received.endswith(b"\n"):
+        piece = await stream.receive_some(65536)
+        if not piece or len(received) > MAX_LINE:
+            raise InvalidData(
+                f"control socket: a JSON line of at most {MAX_LINE} bytes was expected"
+            )
+        received += piece
+    try:
+        parsed = json.loads(received)
+    except ValueError as error:
+        raise InvalidData(f"control socket: not a JSON line: {error}") from error
+    if not isinstance(parsed, dict):
+        raise InvalidData("control socket: a JSON object was expected")
+    return parsed
+
+
+def _listen(path: Path) -> trio.socket.SocketType:
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    # Bound under another name and renamed over the live one: there is no moment without a listener.
+    fresh = path.with_name(f"{path.name}.{os.getpid()}")
+    fresh.unlink(missing_ok=True)
+    old_mask = os.umask(0o077)
+    try:
+        listener.bind(str(fresh))
+    finally:
+        os.umask(old_mask)
+    listener.listen(64)
+    fresh.rename(path)
+    return trio.socket.from_stdlib_socket(listener)

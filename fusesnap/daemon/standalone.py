@@ -1,0 +1,168 @@
+"""``fusesnap mount``: one view, one mount, one process."""
+
+from __future__ import annotations
+
+import os
+import platform
+import tarfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import pyfuse3
+import trio
+
+from fusesnap.config import Settings
+from fusesnap.daemon.build import Node, open_node, plain_errors
+from fusesnap.daemon.path_source import LocalPathSource
+from fusesnap.daemon.signals import stop_on_signal
+from fusesnap.errors import Unsupported
+from fusesnap.fetch.flight import FlightState
+from fusesnap.filesystem.image_nodes import ImageNodes
+from fusesnap.filesystem.inode import InodeKind
+from fusesnap.filesystem.nodes import Nodes
+from fusesnap.filesystem.open_files import OpenFiles
+from fusesnap.filesystem.operations import Operations
+from fusesnap.filesystem.session import mounted
+from fusesnap.filesystem.store_nodes import StoreNodes
+from fusesnap.images.digest import Digest
+from fusesnap.images.layer import LayerTar
+from fusesnap.images.layer_cache import LayerCache
+from fusesnap.images.layout import Image, ImageLayout, open_layout
+from fusesnap.images.merge import MergeLayer, merge_layers
+from fusesnap.images.mountable import open_rootfs
+from fusesnap.images.platform import Platform
+from fusesnap.images.rootfs import RootFs
+from fusesnap.images.source import parse_source
+from fusesnap.nix.store_path import StorePath
+from fusesnap.snapshots.nix_layer import NixLayers
+from fusesnap.supervisor import mount_points
+
+# How often the line on a terminal is drawn anew, in seconds.
+TICK = 0.2
+# Each blocked reader occupies a task.
+MAX_TASKS = 1024
+
+Watch = Callable[[Sequence[FlightState]], None]
+
+
+async def mount_source(
+    settings: Settings, source: str, mountpoint: Path, ready: Callable[[], None], watch: Watch
+) -> None:
+    """Show ``source`` at ``mountpoint`` until SIGTERM, SIGINT, or until somebody unmounts it.
+
+    ``ready`` is called once it is mounted, ``watch`` now and then with what is being fetched. Raises
+    ``InvalidConfiguration`` or ``InvalidData`` for a source that is none, ``ClosureUnavailable`` where paths of it
+    cannot be had, ``Unsupported`` where FUSE refuses.
+    """
+    with plain_errors():
+        async with open_node(settings) as node, trio.open_nursery() as nursery:
+            nursery.start_soon(stop_on_signal, nursery.cancel_scope)
+            rootfs = await open_source(node, source)
+            with rootfs, serving(node, rootfs, mountpoint):
+                ready()
+                nursery.start_soon(draw, node, watch)
+                await pyfuse3.main(max_tasks=MAX_TASKS)
+                if str(mountpoint) in mount_points():
+                    # Nobody unmounted it: libfuse gave up, and has said why on stderr.
+                    raise Unsupported(f"{mountpoint}: libfuse ended the session by itself")
+            nursery.cancel_scope.cancel()
+
+
+@contextmanager
+def serving(node: Node, rootfs: RootFs, mountpoint: Path) -> Iterator[None]:
+    """The mount, with what answers it."""
+    open_files = OpenFiles()
+    store_nodes = StoreNodes(node.store, node.realiser, open_files)
+    image_nodes = ImageNodes(rootfs, shown_paths(rootfs), store_nodes)
+    parts: dict[InodeKind, Nodes] = {
+        InodeKind.FIXED: image_nodes,
+        InodeKind.IMAGE: image_nodes,
+        InodeKind.STORE: store_nodes,
+    }
+    try:
+        # An ordinary user may not let others in unless /etc/fuse.conf says so.
+        with mounted(
+            str(mountpoint), Operations(parts, node.store.layer), others=os.geteuid() == 0
+        ):
+            yield
+    finally:
+        open_files.close()
+
+
+def shown_paths(rootfs: RootFs) -> frozenset[StorePath]:
+    """The store paths whose content shows: of all Nix layers, without those that layers above replaced."""
+    stated = {stated.path for layer in rootfs.nix_layers for stated in layer.placeholders}
+    return frozenset(stated - rootfs.overridden)
+
+
+async def draw(node: Node, watch: Watch) -> None:
+    """Let a person see what is being fetched, until cancelled."""
+    while True:
+        watch(node.realiser.flights())
+        await trio.sleep(TICK)
+
+
+async def open_source(node: Node, source: str) -> RootFs:
+    """The tree of ``source``, every store path that it names admitted."""
+    if source.startswith(node.store_dir.path + "/"):
+        closure = await node.realiser.closure(node.store_dir.parse(source))
+        return await trio.to_thread.run_sync(closure_tree, node, closure)
+    rootfs = await open_image(node, source)
+    await node.realiser.admit(shown_paths(rootfs))
+    return rootfs
+
+
+def closure_tree(node: Node, closure: Sequence[StorePath]) -> RootFs:
+    """A tree that has the store directory and nothing else, standing for the paths of ``closure``."""
+    descriptor = os.memfd_create("fusesnap")
+    with (
+        os.fdopen(os.dup(descriptor), "wb") as file,
+        tarfile.open(fileobj=file, mode="w") as tar,
+    ):
+        directory = tarfile.TarInfo(node.store_dir.path.strip("/"))
+        directory.type, directory.mode, directory.mtime = tarfile.DIRTYPE, 0o755, 1
+        tar.addfile(directory)
+    nothing = Digest.parse("sha256:" + "0" * 64)  # only messages about a damaged tar name it
+    layer = LayerTar(descriptor, nothing, "the closure's tree")
+    return merge_layers([MergeLayer(layer, tuple(closure))], node.store_dir)
+
+
+async def open_image(node: Node, source: str) -> RootFs:
+    """The merged layers of an image on disk, with the lists of its Nix layers read."""
+    parsed = parse_source(source)
+    with open_layout(parsed) as layout:
+        image = await trio.to_thread.run_sync(
+            layout.image, Platform.of_machine(platform.machine()), parsed.reference
+        )
+        nix_layers = NixLayers(
+            node.store,
+            LocalPathSource(node.realiser),
+            node.store_dir,
+            by_content=node.settings.recognise_by_content,
+        )
+        stated = {
+            layer.position: paths
+            for layer in image.layers
+            if (paths := await nix_layers.labelled(layer.annotations))
+        }
+        return await trio.to_thread.run_sync(merge_image, node, layout, image, stated)
+
+
+def merge_image(
+    node: Node, layout: ImageLayout, image: Image, stated: Mapping[int, tuple[StorePath, ...]]
+) -> RootFs:
+    """Blocking: decompresses the layers that the cache of layers has not got, as long as nobody cancels."""
+
+    def stop_if_cancelled(_: int) -> None:
+        trio.from_thread.check_cancelled()
+
+    return open_rootfs(
+        layout,
+        image,
+        LayerCache(node.settings.root / "layers"),
+        node.store_dir,
+        stated,
+        recognise_content=node.settings.recognise_by_content,
+        progress=stop_if_cancelled,
+    )

@@ -1,0 +1,179 @@
+"""The inside of store paths: what is committed is read from the local store, what is not is fetched first."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Sequence
+
+from fusesnap.errors import InvalidData, NotFound
+from fusesnap.fetch.realiser import Realiser
+from fusesnap.filesystem.inode import Inode, InodeKind
+from fusesnap.filesystem.nodes import FOREVER, Attributes, DirectoryEntry, directory
+from fusesnap.filesystem.open_files import OpenFiles
+from fusesnap.nix.store_path import StorePath
+from fusesnap.nix.tree import Entry, EntryKind, Tree
+from fusesnap.store.local_store import LocalStore, Pin
+
+MODES = {
+    EntryKind.DIRECTORY: stat.S_IFDIR | 0o555,
+    EntryKind.REGULAR: stat.S_IFREG | 0o444,
+    EntryKind.SYMLINK: stat.S_IFLNK | 0o777,
+}
+
+
+class StoreNodes:
+    """Serves inodes of the kinds STORE and CLAIMED.
+
+    No byte, size, entry or "no such file" below a path is answered before the path is committed, which is after it
+    was verified. The one thing said earlier is that a CLAIMED root is a directory: the image's digest covers that.
+    """
+
+    def __init__(self, store: LocalStore, realiser: Realiser, open_files: OpenFiles) -> None:
+        self._store = store
+        self._realiser = realiser
+        self._open_files = open_files
+
+    # ------------------------------------------------------ roots of paths
+
+    def claimed_root(self, path: StorePath) -> Attributes:
+        """The root of a path that a placeholder says is a directory, unfetched.
+
+        Raises where that cannot be so: overlayfs would take an absence here, or another kind, for an empty directory.
+        """
+        pin = self._pinned(path)
+        if self._store.is_committed(path) and not stat.S_ISDIR(
+            self._store.location(path).lstat().st_mode
+        ):
+            raise InvalidData(f"{path}: the image's placeholder says directory, its NAR does not")
+        return directory(Inode(InodeKind.CLAIMED, 0, pin.ordinal).number)
+
+    async def root(self, path: StorePath, view: int, pid: int | None) -> Attributes:
+        """The root of a path of unknown kind: known once the path is committed."""
+        tree = await self._realiser.realise(path, pid)
+        return _attributes(tree, Inode(InodeKind.STORE, 0, self._pinned(path).ordinal, view))
+
+    # --------------------------------------------------------------- nodes
+
+    async def attributes(self, inode: Inode, pid: int | None) -> Attributes:
+        """See ``Nodes``."""
+        if inode.kind is InodeKind.CLAIMED:
+            return directory(inode.number)
+        return _attributes(await self._tree(inode, pid), inode)
+
+    async def lookup(self, parent: Inode, name: bytes, pid: int | None) -> Attributes | None:
+        """See ``Nodes``."""
+        tree = await self._directory(parent, pid)
+        index = tree.child(parent.entry, name)
+        if index is None:
+            return None
+        return _attributes(tree, _entry_inode(parent, index))
+
+    def negative_timeout(self, parent: Inode) -> float:
+        """A store path never gains a name."""
+        return FOREVER
+
+    async def entries(self, inode: Inode, pid: int | None) -> Sequence[DirectoryEntry]:
+        """See ``Nodes``."""
+        tree = await self._directory(inode, pid)
+        found = []
+        for index in tree.children(inode.entry):
+            attributes = _attributes(tree, _entry_inode(inode, index))
+            found.append(DirectoryEntry(tree.entries[index].name, attributes.inode, attributes))
+        return found
+
+    async def target(self, inode: Inode, pid: int | None) -> bytes:
+        """See ``Nodes``."""
+        entry = _entry(await self._tree(inode, pid), inode)
+        if entry.kind is not EntryKind.SYMLINK:
+            raise InvalidData(
+                f"inode {inode}: asked for a link's target, but it is a {entry.kind.name}"
+            )
+        return entry.target
+
+    async def open(self, inode: Inode, pid: int | None) -> None:
+        """See ``Nodes``."""
+        await self._tree(inode, pid)
+
+    async def read(self, inode: Inode, offset: int, size: int) -> bytes:
+        """See ``Nodes``. No await lies between finding the descriptor and using it: nothing can close it meanwhile."""
+        number = inode.number
+        descriptor = self._open_files.get(number)
+        if descriptor is None:
+            tree = await self._tree(inode, None)
+            location = os.fsencode(self._store.location(self._pin(inode).info.store_path))
+            inner = tree.path(inode.entry)
+            descriptor = self._open_files.open(
+                number, b"/".join((location, inner)) if inner else location
+            )
+        return os.pread(descriptor, size, offset)
+
+    async def xattrs(self, inode: Inode) -> dict[bytes, bytes]:
+        """A NAR has none."""
+        return {}
+
+    # ------------------------------------------------------------- private
+
+    def _pinned(self, path: StorePath) -> Pin:
+        pin = self._store.pinned(path)
+        if pin is None:
+            raise NotFound(f"{path}: no image on this node names it")
+        return pin
+
+    def _pin(self, inode: Inode) -> Pin:
+        pin = self._store.pin_of(inode.ordinal)
+        if pin is None:
+            raise NotFound(f"inode {inode}: this state directory never gave out its ordinal")
+        return pin
+
+    async def _tree(self, inode: Inode, pid: int | None) -> Tree:
+        tree = self._realiser.cached_tree(inode.ordinal)
+        if tree is not None:
+            return tree
+        pin = self._pin(inode)
+        tree = await self._realiser.realise(pin.info.store_path, pid)
+        self._check_same(pin)
+        return tree
+
+    def _check_same(self, pin: Pin) -> None:
+        """What was committed meanwhile must be what this inode was computed for."""
+        now = self._store.pinned(pin.info.store_path)
+        if now is None or now.ordinal != pin.ordinal:
+            found = "nothing" if now is None else now.info.nar_hash
+            raise InvalidData(
+                f"{pin.info.store_path}: this mount shows the NAR {pin.info.nar_hash}, the store has {found}"
+            )
+
+    async def _directory(self, inode: Inode, pid: int | None) -> Tree:
+        tree = await self._tree(inode, pid)
+        kind = _entry(tree, inode).kind
+        if kind is not EntryKind.DIRECTORY:
+            raise InvalidData(
+                f"{self._pin(inode).info.store_path}: the image's placeholder says directory, "
+                f"its NAR says {kind.name.lower()}"
+            )
+        return tree
+
+
+def _entry(tree: Tree, inode: Inode) -> Entry:
+    if inode.entry >= len(tree.entries):
+        raise NotFound(f"inode {inode}: its NAR has {len(tree.entries)} entries")
+    return tree.entries[inode.entry]
+
+
+def _entry_inode(parent: Inode, index: int) -> Inode:
+    return Inode(InodeKind.STORE, index, parent.ordinal, parent.view)
+
+
+def _attributes(tree: Tree, inode: Inode) -> Attributes:
+    entry = _entry(tree, inode)
+    mode = MODES[entry.kind]
+    if entry.kind is EntryKind.DIRECTORY:
+        # A directory has one alias in a mount, so one that a view shows is not the one that the lazy layer shows.
+        return Attributes(inode=inode.number, mode=mode)
+    shared = Inode(inode.kind, inode.entry, inode.ordinal)  # one page cache for all views
+    if entry.kind is EntryKind.SYMLINK:
+        return Attributes(inode=shared.number, mode=mode, size=len(entry.target))
+    return Attributes(
+        inode=shared.number, mode=mode | (0o111 if entry.executable else 0), size=entry.size
+    )

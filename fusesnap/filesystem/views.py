@@ -1,0 +1,72 @@
+"""Views: which paths each ``files`` layer of a container's overlay shows.
+
+A view is a set of store paths under a number that is never reused. The services process writes them, the worker reads
+them: they meet in this database.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sqlite3
+import threading
+from collections.abc import Iterable
+from pathlib import Path
+
+from fusesnap.errors import StorageFailure
+from fusesnap.nix.store_path import StorePath
+
+SCHEMA = """
+CREATE TABLE IF NOT EXISTS views (
+    ordinal INTEGER PRIMARY KEY AUTOINCREMENT,
+    key TEXT NOT NULL UNIQUE,      -- SHA-256 of the sorted paths, one a line
+    paths TEXT NOT NULL            -- sorted base names, one a line
+);
+"""
+
+
+class Views:
+    """The views of one state directory. Thread-safe; each call is one short statement."""
+
+    def __init__(self, database: Path) -> None:
+        self._lock = threading.Lock()
+        self._known: dict[int, frozenset[StorePath]] = {}
+        try:
+            self._connection = sqlite3.connect(
+                database, isolation_level=None, check_same_thread=False, timeout=30
+            )
+            self._connection.execute("PRAGMA journal_mode = WAL")
+            self._connection.executescript(SCHEMA)
+        except sqlite3.Error as error:
+            raise StorageFailure(f"{database}: {error}", 0) from error
+
+    def ordinal(self, paths: Iterable[StorePath]) -> int:
+        """The number of the view that shows exactly ``paths``."""
+        text = "\n".join(sorted(path.base_name for path in paths))
+        key = hashlib.sha256(text.encode()).hexdigest()
+        with self._lock:
+            self._connection.execute(
+                "INSERT OR IGNORE INTO views (key, paths) VALUES (?, ?)", (key, text)
+            )
+            row = self._connection.execute(
+                "SELECT ordinal FROM views WHERE key = ?", (key,)
+            ).fetchone()
+        return int(row[0])
+
+    def paths(self, ordinal: int) -> frozenset[StorePath] | None:
+        """What view ``ordinal`` shows; ``None`` if there is no such view. A view never changes."""
+        known = self._known.get(ordinal)
+        if known is not None:
+            return known
+        with self._lock:
+            row = self._connection.execute(
+                "SELECT paths FROM views WHERE ordinal = ?", (ordinal,)
+            ).fetchone()
+        if row is None:
+            return None
+        paths = frozenset(StorePath.parse_base_name(line) for line in row[0].splitlines())
+        self._known[ordinal] = paths
+        return paths
+
+    def close(self) -> None:
+        """Close the database."""
+        self._connection.close()

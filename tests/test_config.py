@@ -1,0 +1,84 @@
+"""Settings: what is not said, what is said twice, and what is said wrongly."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fusesnap.config import DEFAULT_KEY, DEFAULT_SUBSTITUTER, load
+from fusesnap.errors import InvalidConfiguration
+
+KEY = "testbed-1:" + "A" * 43 + "="
+
+
+def write(directory: Path, text: str) -> Path:
+    path = directory / "fusesnap.toml"
+    path.write_text(text)
+    return path
+
+
+def test_without_anything_said_it_is_the_public_cache_and_its_key() -> None:
+    settings = load(None, {})
+    assert settings.substituters == [DEFAULT_SUBSTITUTER]
+    assert settings.trusted_public_keys == [DEFAULT_KEY]
+    assert settings.socket == Path("/var/lib/fusesnap/fusesnap.sock")
+
+
+def test_the_public_caches_key_does_not_vouch_for_another_cache() -> None:
+    settings = load(None, {"substituters": ["https://cache.example.org/"]})
+    assert settings.substituters == ["https://cache.example.org"]
+    assert settings.trusted_public_keys == []
+
+
+def test_the_command_line_comes_on_top_of_the_file(tmp_path: Path) -> None:
+    path = write(
+        tmp_path,
+        f'root = "/a"\nsubstituters = ["http://x"]\ntrusted-public-keys = ["{KEY}"]\n'
+        "[fetch]\ntransfers = 3\n",
+    )
+    settings = load(path, {"root": "/b", "substituters": [], "address": None})
+    assert settings.root == Path("/b")
+    assert settings.substituters == ["http://x"]
+    assert settings.trusted_public_keys == [KEY]
+    assert settings.fetch.transfers == 3
+    assert settings.fetch.lookups == 64
+
+
+@pytest.mark.parametrize(
+    ("text", "offender"),
+    [
+        ('colour = "red"', "unknown key 'colour'; known are address"),
+        ("[fetch]\ncolour = 1", "unknown key 'fetch.colour'; known are connect-timeout"),
+        ('substituters = ["ftp://x"]', "'ftp://x': a substituter is"),
+        ('trusted-public-keys = ["nonsense"]', "trusted-public-keys"),
+        ('store-dir = "nix/store"', "'nix/store': an absolute path"),
+        ("[fetch]\ntransfers = 0", "fetch.transfers"),
+        ("root = ", "not a TOML file"),
+        ('recognise-by-content = "perhaps"', "recognise-by-content"),
+    ],
+)
+def test_an_error_names_file_key_and_expectation(tmp_path: Path, text: str, offender: str) -> None:
+    path = write(tmp_path, text)
+    with pytest.raises(InvalidConfiguration) as caught:
+        load(path, {})
+    assert str(path) in str(caught.value)
+    assert offender in str(caught.value)
+
+
+def test_every_problem_is_told_at_once(tmp_path: Path) -> None:
+    with pytest.raises(InvalidConfiguration) as caught:
+        load(write(tmp_path, "colour = 1\nshape = 2"), {})
+    assert len(str(caught.value).splitlines()) == 2
+
+
+def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(InvalidConfiguration, match=r"absent\.toml: No such file"):
+        load(tmp_path / "absent.toml", {})
+
+
+def test_settings_survive_the_way_to_another_process() -> None:
+    settings = load(None, {"fetch": {"transfers": 5}})
+    values: dict[str, Any] = settings.model_dump(mode="json", by_alias=True)
+    assert load(None, values) == settings
