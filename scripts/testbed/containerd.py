@@ -1,0 +1,275 @@
+"""A private containerd: its own root, state and socket, beside any that the host runs."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import subprocess
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from testbed.processes import (
+    CommandFailed,
+    Service,
+    kill_group,
+    run,
+    run_unchecked,
+    running,
+    wait_for_process,
+)
+
+SNAPSHOTTER = "fusesnap"
+SHIM = "containerd-shim-runc-v2"
+CGROUPS = Path("/sys/fs/cgroup")
+CONFIGURATION = """\
+version = 2
+root = "{work}/root"
+state = "{work}/state"
+disabled_plugins = [{disabled}]
+[grpc]
+  address = "{work}/containerd.sock"
+[ttrpc]
+  address = "{work}/containerd.sock.ttrpc"
+{proxy}
+"""
+PROXY = """\
+[proxy_plugins.{name}]
+  type = "snapshot"
+  address = "{address}"
+"""
+# As Kubernetes' configuration has it, with everything below our own directory.
+CRI = """\
+[plugins."io.containerd.grpc.v1.cri".containerd]
+  snapshotter = "{name}"
+  disable_snapshot_annotations = false
+[plugins."io.containerd.grpc.v1.cri".cni]
+  bin_dir = "{work}/cni"
+  conf_dir = "{work}/cni"
+"""
+CRI_PLUGIN = "io.containerd.grpc.v1.cri"
+CRI_NAMESPACE = "k8s.io"
+# CRI is for those who ask; opt and nri make directories outside of ours; the snapshotters need devices.
+DISABLED = (
+    CRI_PLUGIN,
+    "io.containerd.internal.v1.opt",
+    "io.containerd.nri.v1.nri",
+    "io.containerd.snapshotter.v1.aufs",
+    "io.containerd.snapshotter.v1.blockfile",
+    "io.containerd.snapshotter.v1.btrfs",
+    "io.containerd.snapshotter.v1.devmapper",
+    "io.containerd.snapshotter.v1.zfs",
+)
+
+
+class Container:
+    """A container that runs in the background. Times are in seconds."""
+
+    def __init__(self, containerd: Containerd, name: str, log: Path) -> None:
+        self._containerd = containerd
+        self._executions = itertools.count(1)
+        self._log = log
+        self.name = name
+
+    def execute(self, *argv: str, timeout: float = 60) -> str:
+        """Run a program in the container and return its standard output. Raises CommandFailed."""
+        return self._containerd.ctr(*self._execution(argv), timeout=timeout)
+
+    def execute_unchecked(
+        self, *argv: str, timeout: float = 60
+    ) -> subprocess.CompletedProcess[str]:
+        """Run a program in the container, whatever its status."""
+        return self._containerd.ctr_unchecked(*self._execution(argv), timeout=timeout)
+
+    def log_text(self) -> str:
+        """What the container's first process has said so far, on both streams."""
+        return self._log.read_text(errors="surrogateescape") if self._log.exists() else ""
+
+    @property
+    def pid(self) -> int:
+        """The host's process id of the container's first process. Raises CommandFailed when it has none."""
+        listing = self._containerd.ctr("tasks", "ls")
+        for line in listing.splitlines()[1:]:
+            name, pid, _ = line.split()
+            if name == self.name:
+                return int(pid)
+        raise CommandFailed(f"container {self.name} has no task:\n{self.log_text()}")
+
+    def root(self) -> Path:
+        """The container's root file system, as the host can reach it."""
+        return Path(f"/proc/{self.pid}/root")
+
+    def mounts(self) -> str:
+        """The container's ``mountinfo``, as proc(5) describes it."""
+        return Path(f"/proc/{self.pid}/mountinfo").read_text()
+
+    def _execution(self, argv: Sequence[str]) -> list[str]:
+        identity = f"{self.name}-{next(self._executions)}"
+        options = ["--exec-id", identity, "--fifo-dir", self._containerd.fifo_directory]
+        return ["tasks", "exec", *options, self.name, *argv]
+
+
+class Containerd:
+    """A running containerd, driven by ``ctr``. Times are in seconds.
+
+    ``snapshotter`` is the one that images are unpacked into where a call does not name another.
+    """
+
+    def __init__(self, service: Service, work: Path, snapshotter: str, namespace: str) -> None:
+        self._namespace = namespace
+        self._work = work
+        self.service = service
+        self.snapshotter = snapshotter
+        self.address = work / "containerd.sock"
+        self.fifo_directory = str(work / "fifo")
+
+    def command(self, *arguments: str | Path) -> list[str]:
+        """The words of a ``ctr`` command on this containerd."""
+        own = ["--address", str(self.address), "--namespace", self._namespace]
+        return ["ctr", *own, *(str(each) for each in arguments)]
+
+    def ctr(self, *arguments: str | Path, timeout: float = 60) -> str:
+        """Run ``ctr`` and return its standard output. Raises CommandFailed with what it said."""
+        return run(self.command(*arguments), timeout=timeout)
+
+    def ctr_unchecked(
+        self, *arguments: str | Path, timeout: float = 60
+    ) -> subprocess.CompletedProcess[str]:
+        """Run ``ctr``, whatever its status."""
+        return run_unchecked(self.command(*arguments), timeout=timeout)
+
+    def pull(self, reference: str, *, snapshotter: str = "", timeout: float = 120) -> None:
+        """Pull an image from a registry without TLS, and unpack it."""
+        options = ["--plain-http", "--snapshotter", snapshotter or self.snapshotter]
+        self.ctr("images", "pull", *options, reference, timeout=timeout)
+
+    def import_archive(self, archive: Path, *, snapshotter: str = "", timeout: float = 120) -> str:
+        """Import an ``oci-archive`` and unpack it; returns the image's reference: the name it was written under."""
+        options = ["--snapshotter", snapshotter or self.snapshotter]
+        said = self.ctr("images", "import", *options, archive, timeout=timeout)
+        return next(line.split()[1] for line in said.splitlines() if line.startswith("unpacking "))
+
+    def run_command(
+        self,
+        reference: str,
+        name: str,
+        *argv: str,
+        options: Sequence[str] = ("--rm",),
+        snapshotter: str = "",
+    ) -> list[str]:
+        """The words of a ``ctr run``. Without ``argv`` the image's own command runs."""
+        own = ["--snapshotter", snapshotter or self.snapshotter, "--fifo-dir", self.fifo_directory]
+        # Else runc's state would be in /run and the cgroup named after the namespace, both shared with others.
+        cgroup = f"/{cgroup_name(self._work)}/{name}"
+        own += ["--runc-root", str(self._work / "runc"), "--cgroup", cgroup]
+        return self.command("run", *own, *options, reference, name, *argv)
+
+    def run(
+        self, reference: str, name: str, *argv: str, snapshotter: str = "", timeout: float = 60
+    ) -> str:
+        """Run a container to its end and remove it; returns its standard output. Raises CommandFailed."""
+        command = self.run_command(reference, name, *argv, snapshotter=snapshotter)
+        return run(command, timeout=timeout)
+
+    def run_unchecked(
+        self, reference: str, name: str, *argv: str, snapshotter: str = "", timeout: float = 60
+    ) -> subprocess.CompletedProcess[str]:
+        """The same, whatever the container's status."""
+        command = self.run_command(reference, name, *argv, snapshotter=snapshotter)
+        return run_unchecked(command, timeout=timeout)
+
+    @contextlib.contextmanager
+    def started(
+        self, reference: str, name: str, *argv: str, snapshotter: str = "", timeout: float = 60
+    ) -> Iterator[Container]:
+        """Keep a container running for the time of the context; its snapshot is removed with it."""
+        log = self._work / f"{name}.log"
+        options = ["--detach", "--log-uri", f"file://{log}"]
+        command = self.run_command(reference, name, *argv, options=options, snapshotter=snapshotter)
+        try:
+            run(command, timeout=timeout)
+            yield Container(self, name, log)
+        finally:
+            self.remove(name)
+
+    def remove(self, name: str) -> None:
+        """End a container, if it runs, and remove it, if it is there."""
+        self.ctr_unchecked("tasks", "delete", "--force", name)
+        self.ctr_unchecked("containers", "delete", name)
+
+
+@contextlib.contextmanager
+def containerd(work: Path, *, proxy: Path | None = None, cri: bool = False) -> Iterator[Containerd]:
+    """Run a containerd of its own for the time of the context; containers left over are ended with it.
+
+    ``work`` is a new directory with a short path, on a file system that can be overlay's upper.
+    ``proxy`` is the socket of a proxy snapshotter, which is known as ``fusesnap`` and used unless a call names
+    another; without it, that is containerd's own ``overlayfs``. With ``cri`` it serves Kubernetes' calls too, and
+    ``ctr`` works in their namespace.
+    """
+    work.mkdir(parents=True, exist_ok=True)
+    configuration = work / "containerd.toml"
+    section = PROXY.format(name=SNAPSHOTTER, address=proxy) if proxy else ""
+    if cri:
+        section += CRI.format(name=SNAPSHOTTER, work=work)
+    disabled = ", ".join(f'"{plugin}"' for plugin in DISABLED if not (cri and plugin == CRI_PLUGIN))
+    configuration.write_text(CONFIGURATION.format(work=work, disabled=disabled, proxy=section))
+    try:
+        with running(
+            ["containerd", "--config", configuration], log=work / "containerd.log"
+        ) as service:
+            instance = Containerd(
+                service,
+                work,
+                SNAPSHOTTER if proxy else "overlayfs",
+                CRI_NAMESPACE if cri else "default",
+            )
+            service.wait_until(lambda: instance.ctr_unchecked("version").returncode == 0)
+            yield instance
+    finally:
+        end_containers(work)
+
+
+def end_containers(work: Path) -> None:
+    """End what a containerd leaves behind on purpose when it ends: containers, their shims, mounts and cgroups."""
+    shim_sockets = [file.read_text() for file in work.glob("state/*.task/*/*/address")]
+    for state in work.glob("runc/*/*"):
+        run(["runc", "--root", state.parent, "delete", "--force", state.name])
+    for pid in shims(work):
+        kill_group(pid)
+        wait_for_process(pid)
+    for mount in reversed(mounts_below(work)):
+        run(["umount", "--lazy", mount])
+    for socket in shim_sockets:
+        Path(socket.removeprefix("unix://")).unlink(missing_ok=True)
+    for cgroup in (*CGROUPS.glob(cgroup_name(work)), *CGROUPS.glob(f"*/{cgroup_name(work)}")):
+        remove_cgroup(cgroup)
+
+
+def shims(work: Path) -> list[int]:
+    """The process ids of the shims of the containerd in ``work``, each the leader of its group."""
+    address = str(work / "containerd.sock").encode()
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            words = (process / "cmdline").read_bytes().split(b"\0")
+            if words[0].endswith(SHIM.encode()) and address in words:
+                found.append(int(process.name))
+    return found
+
+
+def mounts_below(directory: Path) -> list[str]:
+    """Mount points below a directory, in the order in which they were mounted."""
+    points = [line.split()[4] for line in Path("/proc/self/mountinfo").read_text().splitlines()]
+    return [point for point in points if point.startswith(f"{directory}/")]
+
+
+def cgroup_name(work: Path) -> str:
+    """The name of the cgroup that holds the containers of the containerd in ``work``."""
+    return str(work).strip("/").replace("/", "-")
+
+
+def remove_cgroup(top: Path) -> None:
+    """Remove a cgroup with those below it."""
+    for directory, _, _ in os.walk(top, topdown=False):
+        Path(directory).rmdir()

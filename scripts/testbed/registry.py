@@ -1,0 +1,50 @@
+"""A container registry on loopback, without TLS."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from testbed.processes import free_port, listens, run, running
+
+
+@dataclass(frozen=True, slots=True)
+class Registry:
+    """A running registry."""
+
+    port: int
+
+    def push(self, archive: Path, name: str) -> str:
+        """Push an ``oci-archive`` as ``name`` (``redis:latest``). Returns the reference that pulls it."""
+        reference = self.reference(name)
+        options = ["--quiet", "--preserve-digests", "--dest-tls-verify=false"]
+        names = [f"oci-archive:{archive}", f"docker://{reference}"]
+        run(["skopeo", "--insecure-policy", "copy", *options, *names])
+        return reference
+
+    def reference(self, name: str, *, port: int | None = None) -> str:
+        """The reference of an image here; over a slow link, at its ``port``."""
+        return f"127.0.0.1:{port or self.port}/{name}"
+
+
+@contextlib.contextmanager
+def registry(work: Path) -> Iterator[Registry]:
+    """Run a registry for the time of the context; its images are kept in ``work``."""
+    port = free_port()
+    configuration = work / "registry.json"  # YAML, of which JSON is a part
+    configuration.write_text(
+        json.dumps(
+            {
+                "version": "0.1",
+                "log": {"level": "warn"},
+                "storage": {"filesystem": {"rootdirectory": str(work / "registry")}},
+                "http": {"addr": f"127.0.0.1:{port}", "relativeurls": True, "secret": "testbed"},
+            }
+        )
+    )
+    with running(["docker-registry", "serve", configuration], log=work / "registry.log") as service:
+        service.wait_until(lambda: listens(port))
+        yield Registry(port)
