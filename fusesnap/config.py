@@ -6,6 +6,7 @@ import tomllib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
@@ -23,8 +24,9 @@ SOCKET_NAME = "fusesnap.sock"
 class Fetch(BaseModel):
     """Table ``[fetch]``: how patient and how greedy fetching is."""
 
+    # Infinity is no deadline, and every wait has one.
     model_config = ConfigDict(
-        extra="forbid", alias_generator=lambda name: name.replace("_", "-"), populate_by_name=True
+        extra="forbid", alias_generator=lambda name: name.replace("_", "-"), allow_inf_nan=False
     )
 
     transfers: int = Field(8, ge=1, le=256, description="NARs fetched at once")
@@ -47,9 +49,7 @@ class Settings(BaseModel):
     Keys are spelled with hyphens in the file, as Nix spells its own: ``trusted-public-keys``.
     """
 
-    model_config = ConfigDict(
-        extra="forbid", alias_generator=lambda name: name.replace("_", "-"), populate_by_name=True
-    )
+    model_config = ConfigDict(extra="forbid", alias_generator=lambda name: name.replace("_", "-"))
 
     root: Path = Field(DEFAULT_ROOT, description="state directory")
     address: Path | None = Field(
@@ -72,8 +72,12 @@ class Settings(BaseModel):
     @classmethod
     def _urls(cls, urls: list[str]) -> list[str]:
         for url in urls:
-            if not url.startswith(("http://", "https://", "file://")):
+            parts = urlsplit(url)  # raises ValueError with the reason
+            if parts.scheme not in ("http", "https", "file"):
                 raise ValueError(f"{url!r}: a substituter is an http://, https:// or file:// URL")
+            if not (parts.path.strip("/") if parts.scheme == "file" else parts.hostname):
+                lacks = "directory" if parts.scheme == "file" else "host"
+                raise ValueError(f"{url!r}: a substituter's URL names a {lacks}")
         return [url.rstrip("/") for url in urls]
 
     @field_validator("trusted_public_keys")
@@ -86,12 +90,23 @@ class Settings(BaseModel):
                 raise ValueError(str(error)) from error
         return keys
 
+    @field_validator("root", "address")
+    @classmethod
+    def _absolute(cls, path: Path | None) -> Path | None:
+        # A daemon's working directory is nobody's choice, and /proc/self/mountinfo has absolute paths.
+        if path is not None and (not path.is_absolute() or "\0" in str(path)):
+            raise ValueError(f"{str(path)!r}: an absolute path is expected")
+        return path
+
     @field_validator("store_dir")
     @classmethod
     def _store_dir(cls, path: str) -> str:
         if not path.startswith("/") or path.endswith("/"):
             raise ValueError(f"{path!r}: an absolute path without a slash at its end is expected")
-        return StoreDir(path).path
+        try:
+            return StoreDir(path).path
+        except FusesnapError as error:
+            raise ValueError(str(error)) from error
 
     @property
     def socket(self) -> Path:
@@ -99,13 +114,16 @@ class Settings(BaseModel):
         return self.address if self.address is not None else self.root / SOCKET_NAME
 
 
-def load(path: Path | None, overrides: dict[str, Any]) -> Settings:
+def load(path: Path | None, overrides: dict[str, Any], *, root: Path = DEFAULT_ROOT) -> Settings:
     """The settings of the TOML file ``path`` (defaults without one), with ``overrides`` from the command line on top.
 
-    An override that is ``None`` or empty was not given. Substituters that are given without keys keep no default key:
-    the public cache's key vouches for the public cache only. Raises ``InvalidConfiguration``.
+    ``root`` is the state directory where neither names one. An override that is ``None`` or empty was not given.
+    Substituters that are given without keys keep no default key: the public cache's key vouches for the public cache
+    only. Raises ``InvalidConfiguration``.
     """
-    values = _read(path) if path is not None else {}
+    values: dict[str, Any] = {"root": str(root)}
+    if path is not None:
+        values |= _read(path)
     values |= {key: value for key, value in overrides.items() if value not in (None, (), [])}
     if "substituters" in values:
         values.setdefault("trusted-public-keys", [])

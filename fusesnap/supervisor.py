@@ -13,6 +13,7 @@ import ctypes
 import fcntl
 import json
 import os
+import re
 import select
 import signal
 import struct
@@ -85,7 +86,12 @@ def mount_points() -> set[str]:
         .read_text(encoding="utf-8", errors="surrogateescape")
         .splitlines()
     )
-    return {line.split(" ")[4].replace("\\040", " ") for line in lines}
+    return {unescaped(line.split(" ")[4]) for line in lines}
+
+
+def unescaped(name: str) -> str:
+    """Space, tab, newline and backslash are octal in mountinfo (proc_pid_mountinfo(5))."""
+    return re.sub(r"\\([0-7]{3})", lambda code: chr(int(code[1], 8)), name)
 
 
 def detach(mountpoint: Path) -> None:
@@ -209,7 +215,7 @@ class Supervisor:
 
     def __init__(self, settings: str) -> None:
         given = json.loads(settings)
-        self.root = Path(given["root"])
+        self.root = Path(given["root"]).resolve()  # as the kernel's list of mounts names it
         self.mountpoint = self.root / "lazy"
         self.readahead = int(given["readahead"])
         self.address = str(given["address"])
@@ -242,7 +248,8 @@ class Supervisor:
 
     def command(self, room: str, *arguments: str) -> list[str]:
         """How a child is started; the descriptor for its readiness is appended."""
-        return [sys.executable, "-m", f"fusesnap.daemon.{room}", self.settings, *arguments]
+        # -P: the working directory is no place to import from.
+        return [sys.executable, "-P", "-m", f"fusesnap.daemon.{room}", self.settings, *arguments]
 
     def lock(self) -> int:
         """The proof that we are the only daemon on this state directory; the kernel drops it when we die."""

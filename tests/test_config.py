@@ -46,6 +46,14 @@ def test_the_command_line_comes_on_top_of_the_file(tmp_path: Path) -> None:
     assert settings.fetch.lookups == 64
 
 
+def test_a_state_directory_in_the_file_comes_before_the_usual_one(tmp_path: Path) -> None:
+    usual = Path("/usual")
+    assert load(None, {"root": None}, root=usual).root == usual
+    assert load(write(tmp_path, ""), {"root": None}, root=usual).root == usual
+    assert load(write(tmp_path, 'root = "/a"'), {"root": None}, root=usual).root == Path("/a")
+    assert load(write(tmp_path, 'root = "/a"'), {"root": "/b"}, root=usual).root == Path("/b")
+
+
 @pytest.mark.parametrize(
     ("text", "offender"),
     [
@@ -56,6 +64,15 @@ def test_the_command_line_comes_on_top_of_the_file(tmp_path: Path) -> None:
         ('store-dir = "nix/store"', "'nix/store': an absolute path"),
         ("[fetch]\ntransfers = 0", "fetch.transfers"),
         ("root = ", "not a TOML file"),
+        ('root = "here"', "root: 'here': an absolute path is expected"),
+        ('address = "here.sock"', "address: 'here.sock': an absolute path is expected"),
+        ('root = "/a\\u0000b"', "root: '/a\\x00b': an absolute path"),
+        ('store-dir = "/nix/store/../x"', "store-dir: store directory '/nix/store/../x' is not"),
+        ('substituters = ["http://"]', "'http://': a substituter's URL names a host"),
+        ('substituters = ["https://[::1"]', "substituters: Invalid IPv6 URL"),
+        ('substituters = ["file:///"]', "'file:///': a substituter's URL names a directory"),
+        ("[fetch]\nstall-timeout = inf", "fetch.stall-timeout: Input should be a finite number"),
+        ("trusted_public_keys = []", "unknown key 'trusted_public_keys'; known are"),
         ('recognise-by-content = "perhaps"', "recognise-by-content"),
     ],
 )

@@ -109,3 +109,11 @@ def test_a_second_daemon_is_kept_out_and_told_who_is_in(
     assert f"in use by another daemon (pid {os.getpid()})" in capsys.readouterr().err
     os.close(lock)
     os.close(supervisor.Supervisor(settings).lock())
+
+
+@pytest.mark.parametrize(
+    ("listed", "name"),
+    [("/a\\040b", "/a b"), ("/a\\011b", "/a\tb"), ("/a\\012b", "/a\nb"), ("/a\\134040", "/a\\040")],
+)
+def test_names_in_the_kernels_list_of_mounts_are_unescaped(listed: str, name: str) -> None:
+    assert supervisor.unescaped(listed) == name

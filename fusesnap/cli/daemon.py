@@ -60,5 +60,6 @@ def daemon(
     )
     given = settings.model_dump(mode="json", by_alias=True)
     given |= {"address": str(settings.socket), "readahead": settings.readahead_kib * 1024}
-    # The supervisor is a process of its own kind, without what was imported to get here.
-    os.execv(sys.executable, [sys.executable, "-m", "fusesnap.supervisor", json.dumps(given)])  # noqa: S606
+    # The supervisor is a process of its own kind, without what was imported to get here. -P: the working directory is
+    # no place to import from.
+    os.execv(sys.executable, [sys.executable, "-P", "-m", "fusesnap.supervisor", json.dumps(given)])  # noqa: S606

@@ -59,10 +59,15 @@ def default_state() -> Path:
     return Path(base) / "fusesnap"
 
 
-def settings(config: Path | None, **overrides: Any) -> Settings:
-    """The checked settings from a file and the options that were given. Raises ``InvalidConfiguration``."""
+def settings(
+    config: Path | None, *, default_root: Path = DEFAULT_ROOT, **overrides: Any
+) -> Settings:
+    """The checked settings from a file and the options that were given. Raises ``InvalidConfiguration``.
+
+    ``default_root`` is the state directory where neither names one.
+    """
     named = {key.replace("_", "-"): value for key, value in overrides.items()}
     for many in ("substituters", "trusted-public-keys"):
         if many in named:
             named[many] = list(named[many])
-    return load(config, named)
+    return load(config, named, root=default_root.absolute())

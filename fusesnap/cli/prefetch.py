@@ -16,7 +16,7 @@ from fusesnap.cli import options
     type=click.Path(path_type=Path),
     metavar="DIR",
     help="State directory; a running daemon's is fine. "
-    "Default: /var/lib/fusesnap, for others than root ~/.local/state/fusesnap",
+    "Default: root of --config, else /var/lib/fusesnap, for others than root ~/.local/state/fusesnap",
 )
 @options.fetching
 def prefetch(
@@ -38,7 +38,8 @@ def prefetch(
 
     settings = options.settings(
         config,
-        root=str((state or options.default_state()).absolute()),
+        default_root=options.default_state(),
+        root=str(state.absolute()) if state else None,
         substituters=substituters,
         trusted_public_keys=trusted_public_keys,
         store_dir=store_dir,

@@ -17,6 +17,7 @@ import trio
 from fusesnap.config import Settings
 from fusesnap.errors import FusesnapError, StorageFailure
 from fusesnap.fetch.flight import Reader
+from fusesnap.fetch.loader import Loader
 from fusesnap.fetch.realiser import Limits, Realiser
 from fusesnap.nix.signature import PublicKey, TrustedKeys
 from fusesnap.nix.store_path import StoreDir
@@ -40,6 +41,7 @@ class Node:
     store: LocalStore
     pool: SubstituterPool
     realiser: Realiser
+    loader: Loader
 
 
 def identify(pid: int) -> Reader:
@@ -152,7 +154,8 @@ async def open_node(settings: Settings) -> AsyncIterator[Node]:
             settings.fetch.transfers, settings.fetch.lookups, settings.fetch.stall_timeout
         )
         realiser = Realiser(store, pool, nursery, limits, identify)
+        loader = Loader(store, store_dir, realiser, nursery)
         try:
-            yield Node(settings, store_dir, store, pool, realiser)
+            yield Node(settings, store_dir, store, pool, realiser, loader)
         finally:
             nursery.cancel_scope.cancel()

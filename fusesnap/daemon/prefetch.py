@@ -58,11 +58,14 @@ async def realise_all(
     missing = [path for path in closure if not node.store.is_committed(path)]
     done = sum(size for path, size in sizes.items()) - sum(sizes[path] for path in missing)
     failures: list[FusesnapError] = []
+    # No more than are fetched at once: a path that waits for its turn would seem to make no progress.
+    turns = trio.CapacityLimiter(node.settings.fetch.transfers)
 
     async def realise(path: StorePath) -> None:
         nonlocal done
         try:
-            await node.realiser.realise(path)
+            async with turns:
+                await node.realiser.realise(path)
             done += sizes[path]
         except FusesnapError as error:
             failures.append(error)

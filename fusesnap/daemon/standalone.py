@@ -51,6 +51,7 @@ async def mount_source(
 ) -> None:
     """Show ``source`` at ``mountpoint`` until SIGTERM, SIGINT, or until somebody unmounts it.
 
+    ``mountpoint`` is as the kernel's list of mounts names it: absolute, without links.
     ``ready`` is called once it is mounted, ``watch`` now and then with what is being fetched. Raises
     ``InvalidConfiguration`` or ``InvalidData`` for a source that is none, ``ClosureUnavailable`` where paths of it
     cannot be had, ``Unsupported`` where FUSE refuses.
@@ -73,7 +74,7 @@ async def mount_source(
 def serving(node: Node, rootfs: RootFs, mountpoint: Path) -> Iterator[None]:
     """The mount, with what answers it."""
     open_files = OpenFiles()
-    store_nodes = StoreNodes(node.store, node.realiser, open_files)
+    store_nodes = StoreNodes(node.store, node.realiser, open_files, node.loader.opened)
     image_nodes = ImageNodes(rootfs, shown_paths(rootfs), store_nodes)
     parts: dict[InodeKind, Nodes] = {
         InodeKind.FIXED: image_nodes,

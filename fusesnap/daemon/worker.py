@@ -40,7 +40,7 @@ async def serve(settings: Settings, fuse: int, init_request: bytes, ready: int) 
         async with open_node(settings) as node:
             open_files = OpenFiles()
             views = Views(settings.root / "views.sqlite")
-            store_nodes = StoreNodes(node.store, node.realiser, open_files)
+            store_nodes = StoreNodes(node.store, node.realiser, open_files, node.loader.opened)
             parts: dict[InodeKind, Nodes] = {
                 InodeKind.FIXED: LayerNodes(store_nodes, views),
                 InodeKind.STORE: store_nodes,

@@ -25,7 +25,13 @@ class OpenFiles:
         return descriptor
 
     def open(self, number: int, location: bytes) -> int:
-        """Open ``location`` for inode ``number``. Raises ``OSError``."""
+        """Open ``location`` for inode ``number``. Raises ``OSError``.
+
+        Two readers that waited for the same path come here both; the second gets what the first opened.
+        """
+        held = self.get(number)
+        if held is not None:
+            return held
         descriptor = os.open(location, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
         self._descriptors[number] = descriptor
         if len(self._descriptors) > self._capacity:

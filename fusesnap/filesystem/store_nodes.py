@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from fusesnap.errors import InvalidData, NotFound
 from fusesnap.fetch.realiser import Realiser
@@ -29,7 +29,15 @@ class StoreNodes:
     was verified. The one thing said earlier is that a CLAIMED root is a directory: the image's digest covers that.
     """
 
-    def __init__(self, store: LocalStore, realiser: Realiser, open_files: OpenFiles) -> None:
+    def __init__(
+        self,
+        store: LocalStore,
+        realiser: Realiser,
+        open_files: OpenFiles,
+        opened: Callable[[int, Tree, int], None],
+    ) -> None:
+        """``opened`` is told of each file that is opened: by its path's ordinal, its tree, and the entry in it."""
+        self._opened = opened
         self._store = store
         self._realiser = realiser
         self._open_files = open_files
@@ -93,7 +101,7 @@ class StoreNodes:
 
     async def open(self, inode: Inode, pid: int | None) -> None:
         """See ``Nodes``."""
-        await self._tree(inode, pid)
+        self._opened(inode.ordinal, await self._tree(inode, pid), inode.entry)
 
     async def read(self, inode: Inode, offset: int, size: int) -> bytes:
         """See ``Nodes``. No await lies between finding the descriptor and using it: nothing can close it meanwhile."""

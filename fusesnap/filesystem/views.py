@@ -12,8 +12,10 @@ import threading
 from collections.abc import Iterable
 from pathlib import Path
 
-from fusesnap.errors import StorageFailure
+from fusesnap.errors import Unsupported
+from fusesnap.filesystem.inode import MAX_VIEW
 from fusesnap.nix.store_path import StorePath
+from fusesnap.store.storage_errors import storage
 
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS views (
@@ -25,39 +27,55 @@ CREATE TABLE IF NOT EXISTS views (
 
 
 class Views:
-    """The views of one state directory. Thread-safe; each call is one short statement."""
+    """The views of one state directory. Thread-safe; each call is one short statement.
+
+    Methods raise ``StorageFailure``.
+    """
 
     def __init__(self, database: Path) -> None:
+        self._database = database
         self._lock = threading.Lock()
         self._known: dict[int, frozenset[StorePath]] = {}
-        try:
+        with storage("open", database):
             self._connection = sqlite3.connect(
                 database, isolation_level=None, check_same_thread=False, timeout=30
             )
             self._connection.execute("PRAGMA journal_mode = WAL")
             self._connection.executescript(SCHEMA)
-        except sqlite3.Error as error:
-            raise StorageFailure(f"{database}: {error}", 0) from error
 
     def ordinal(self, paths: Iterable[StorePath]) -> int:
-        """The number of the view that shows exactly ``paths``."""
+        """The number of the view that shows exactly ``paths``.
+
+        Raises ``Unsupported`` where the numbers are used up: an inode has no room for more.
+        """
         text = "\n".join(sorted(path.base_name for path in paths))
         key = hashlib.sha256(text.encode()).hexdigest()
-        with self._lock:
-            self._connection.execute(
-                "INSERT OR IGNORE INTO views (key, paths) VALUES (?, ?)", (key, text)
+        with self._lock, storage("number a view in", self._database):
+            known = self._ordinal_of(key)
+            if known is None:
+                # Not for each question: a view that is known can be had on a full disk too.
+                self._connection.execute(
+                    "INSERT OR IGNORE INTO views (key, paths) VALUES (?, ?)", (key, text)
+                )
+                known = self._ordinal_of(key) or 0
+        if known > MAX_VIEW:
+            # Answered nevertheless, it would be a layer of which the kernel says "no such file".
+            raise Unsupported(
+                f"{self._database}: view {known} is beyond {MAX_VIEW}, the last that an inode number can hold: "
+                "start with a new state directory"
             )
-            row = self._connection.execute(
-                "SELECT ordinal FROM views WHERE key = ?", (key,)
-            ).fetchone()
-        return int(row[0])
+        return known
+
+    def _ordinal_of(self, key: str) -> int | None:
+        row = self._connection.execute("SELECT ordinal FROM views WHERE key = ?", (key,)).fetchone()
+        return None if row is None else int(row[0])
 
     def paths(self, ordinal: int) -> frozenset[StorePath] | None:
         """What view ``ordinal`` shows; ``None`` if there is no such view. A view never changes."""
         known = self._known.get(ordinal)
         if known is not None:
             return known
-        with self._lock:
+        with self._lock, storage("look for a view in", self._database):
             row = self._connection.execute(
                 "SELECT paths FROM views WHERE ordinal = ?", (ordinal,)
             ).fetchone()

@@ -71,6 +71,29 @@ def test_it_ends_cleanly_and_leaves_nothing(cache: HttpCache, key: SigningKey, w
         assert not daemon.address.exists()
 
 
+def test_a_state_directory_behind_a_link_is_left_unmounted_too(
+    cache: HttpCache, key: SigningKey, work: Path
+) -> None:
+    (work / "real").mkdir()
+    (work / "s").symlink_to("real")
+    source = Source([cache.url], [key.public])
+    for _ in range(2):  # the second one finds nothing in its way
+        with fusesnap_daemon(work / "s", source=source) as daemon:
+            assert f"{work}/real/lazy" in Path("/proc/self/mountinfo").read_text()
+            assert daemon.service.stop() == 0
+            assert str(work) not in Path("/proc/self/mountinfo").read_text()
+
+
+def test_the_daemon_imports_nothing_from_its_working_directory(
+    cache: HttpCache, key: SigningKey, work: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in ("select", "trio"):
+        (work / f"{module}.py").write_text("raise SystemExit('imported')\n")
+    monkeypatch.chdir(work)
+    with fusesnap_daemon(work / "s", source=Source([cache.url], [key.public])) as daemon:
+        assert daemon.status()["fuse_mount"] == f"{work}/s/lazy"
+
+
 def test_a_file_that_holds_an_unknown_key_is_refused_by_name(work: Path) -> None:
     (work / "fusesnap.toml").write_text('substitutors = ["https://cache.example.org"]\n')
     done = run_unchecked([PROGRAM, "daemon", "--config", work / "fusesnap.toml"])

@@ -205,6 +205,60 @@ def test_in_the_background_it_returns_once_it_is_mounted(
     run(["umount", mountpoint])
 
 
+def test_in_the_background_an_error_is_said_and_nothing_goes_on(
+    cache: HttpCache, key: SigningKey, tmp_path: Path
+) -> None:
+    (tmp_path / "m").mkdir()
+    source = "/nix/store/00000000000000000000000000000000-nothing"
+    done = run_unchecked(
+        mount_command(cache, key, tmp_path / "s", "--background", source, tmp_path / "m")
+    )
+    assert (done.returncode, done.stdout) == (66, "")
+    assert "no substituter has it" in done.stderr
+    assert str(tmp_path) not in Path("/proc/self/mountinfo").read_text()
+
+
+def test_a_mount_through_a_link_is_known_by_its_own_name(
+    cache: HttpCache, simple: SimpleClosure, key: SigningKey, tmp_path: Path
+) -> None:
+    (tmp_path / "m").mkdir()
+    link = tmp_path / "link"
+    link.symlink_to("m")
+    command = mount_command(cache, key, tmp_path / "s", simple.root, link)
+    with running(command, log=tmp_path / "log") as service:
+        service.wait_for_line(simple.root)
+        assert "mounted there already" in run_unchecked(command).stderr
+        service.kill()
+        done = run_unchecked(command)  # the mount is there still, and nobody answers
+        run(["umount", tmp_path / "m"])
+    assert "mounted there already" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_the_working_directory_is_no_place_to_import_from(
+    cache: HttpCache, simple: SimpleClosure, key: SigningKey, tmp_path: Path
+) -> None:
+    (tmp_path / "m").mkdir()
+    (tmp_path / "select.py").write_text("raise SystemExit('imported')\n")
+    run(
+        mount_command(cache, key, tmp_path / "s", "--background", simple.root, tmp_path / "m"),
+        cwd=tmp_path,
+    )
+    run(["umount", tmp_path / "m"])
+
+
+def test_the_state_directory_of_the_configuration_is_used(
+    cache: HttpCache, simple: SimpleClosure, key: SigningKey, tmp_path: Path
+) -> None:
+    (tmp_path / "fusesnap.toml").write_text(
+        f'root = "{tmp_path}/elsewhere"\nsubstituters = ["{cache.url}"]\n'
+        f'trusted-public-keys = ["{key.public}"]\n'
+    )
+    run([PROGRAM, "prefetch", "--config", tmp_path / "fusesnap.toml", simple.text])
+    store = tmp_path / "elsewhere/layer/.fusesnap-store"
+    assert os.listdir(store) == [Path(simple.text).name]
+
+
 @pytest.mark.parametrize("what", ["missing", "file", "full", "mounted"])
 def test_a_mount_point_that_will_not_do(
     what: str, cache: HttpCache, simple: SimpleClosure, key: SigningKey, tmp_path: Path

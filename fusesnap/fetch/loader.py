@@ -1,0 +1,132 @@
+"""Fetches ahead what the dynamic loader is about to ask for.
+
+A program that is started cold asks for its libraries one after another, and each of them is in another store path: a
+round trip and a transfer each, in series. But an ELF file says which libraries it needs and in which store paths to
+look (DT_NEEDED, DT_RUNPATH), and so do they. What this follows is what ld.so(8) does, so it fetches what a start
+touches, and nothing else.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import trio
+
+from fusesnap.errors import FusesnapError, InvalidData
+from fusesnap.fetch.realiser import Realiser
+from fusesnap.nix.elf import Dynamic, read_dynamic
+from fusesnap.nix.store_path import StoreDir, StorePath
+from fusesnap.nix.tree import EntryKind, Tree
+from fusesnap.store.local_store import LocalStore, Pin
+from fusesnap.store.storage_errors import storage
+
+log = logging.getLogger(__name__)
+
+MAX_LINKS = 40  # as many as Linux follows in one path
+MAX_FOLLOWED = 4096  # files that one start leads to; a loop of a stranger's making ends somewhere
+
+
+class Loader:
+    """Follows what was opened, in ``nursery``, behind the back of whoever opened it."""
+
+    def __init__(
+        self, store: LocalStore, store_dir: StoreDir, realiser: Realiser, nursery: trio.Nursery
+    ) -> None:
+        self._store = store
+        self._prefix = os.fsencode(store_dir.path) + b"/"
+        self._realiser = realiser
+        self._nursery = nursery
+        self._followed: set[tuple[int, int]] = set()
+
+    def opened(self, ordinal: int, tree: Tree, index: int) -> None:
+        """Somebody opened a file of a committed path. Returns at once; what cannot be followed is let be."""
+        if (ordinal, index) in self._followed:
+            return
+        entry = tree.entries[index]
+        if entry.kind is EntryKind.REGULAR and (entry.executable or b".so" in entry.name):
+            if len(self._followed) >= MAX_FOLLOWED:
+                self._followed.clear()
+            self._followed.add((ordinal, index))
+            self._nursery.start_soon(self._follow, ordinal, tree, index)
+
+    async def _follow(self, ordinal: int, tree: Tree, index: int) -> None:
+        pin = self._store.pin_of(ordinal)
+        if pin is None:
+            return
+        inner = tree.path(index)
+        location = self._store.location(pin.info.store_path)
+        if inner:
+            location /= os.fsdecode(inner)
+        try:
+            dynamic = await trio.to_thread.run_sync(dynamic_of, location)
+            if dynamic is not None:
+                await self._fetch(dynamic)
+        except FusesnapError as error:
+            # Whoever really wants it will be told; this was only a guess.
+            log.debug("%s: not followed: %s", location, error)
+
+    async def _fetch(self, dynamic: Dynamic) -> None:
+        places = list(self._places(dynamic.search))
+        wanted = [*self._places([dynamic.interpreter]), *places]
+        self._realiser.request(list(dict.fromkeys(pin.info.store_path for pin, _ in wanted)))
+        for library in dynamic.needed:
+            for pin, directory in places:
+                tree = await self._realiser.realise(pin.info.store_path)
+                found = resolve(tree, [*directory, library])
+                if found is not None:
+                    self.opened(pin.ordinal, tree, found)
+                    break
+
+    def _places(self, directories: Iterable[bytes]) -> Iterator[tuple[Pin, list[bytes]]]:
+        """Those directories that are in store paths which an image on this node names, with what leads there."""
+        for directory in directories:
+            if not directory.startswith(self._prefix):
+                continue
+            base_name, *rest = directory.removeprefix(self._prefix).split(b"/")
+            try:
+                path = StorePath.parse_base_name(base_name.decode("ascii"))
+            except (InvalidData, UnicodeDecodeError):
+                continue
+            pin = self._store.pinned(path)
+            if pin is not None:
+                yield pin, [name for name in rest if name not in (b"", b".")]
+
+
+def dynamic_of(location: Path) -> Dynamic | None:
+    """What the loader will want of a file; blocking. Raises ``StorageFailure``."""
+    reader = read_dynamic()
+    with storage("read", location), location.open("rb") as file:
+        wanted = next(reader)
+        try:
+            while True:
+                wanted = reader.send(os.pread(file.fileno(), wanted.size, wanted.offset))
+        except StopIteration as end:
+            found: Dynamic | None = end.value
+            return found
+
+
+def resolve(tree: Tree, names: list[bytes]) -> int | None:
+    """The entry at ``names`` from the root of a tree, links within it followed; ``None`` where they lead out of it."""
+    waiting = list(reversed(names))
+    here, links = 0, 0
+    while waiting:
+        name = waiting.pop()
+        if name == b"..":
+            if here == 0:
+                return None
+            here = tree.entries[here].parent
+            continue
+        child = tree.child(here, name)
+        if child is None:
+            return None
+        if tree.kind(child) is not EntryKind.SYMLINK:
+            here = child
+            continue
+        target, links = tree.link_target(child), links + 1
+        if target.startswith(b"/") or links > MAX_LINKS:
+            return None
+        waiting += [part for part in reversed(target.split(b"/")) if part not in (b"", b".")]
+    return here
