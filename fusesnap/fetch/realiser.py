@@ -63,6 +63,8 @@ class Realiser:
         self._limits = limits
         self._identify = identify
         self._transfers = trio.CapacityLimiter(limits.transfers)
+        # Half of the transfers are left to readers, who wait.
+        self._room = trio.Semaphore(max(1, limits.transfers // 2))
         self._flights: dict[StorePath, Flight] = {}
         self._trees = Trees()
 
@@ -131,20 +133,25 @@ class Realiser:
 
     def request(self, paths: Sequence[StorePath]) -> None:
         """Start fetching what is missing of ``paths``, smallest first, without waiting."""
-        missing = [path for path in paths if not self._store.is_committed(path)]
-        self._nursery.start_soon(self._fetch_in_order, sorted(missing, key=self._size))
+        self._nursery.start_soon(self._fetch_in_order, tuple(paths))
 
     async def _fetch_in_order(self, paths: Sequence[StorePath]) -> None:
-        """Half of the transfers are left to readers, who wait."""
-        room = trio.Semaphore(max(1, self._limits.transfers // 2))
+        # A question to the database each: thousands of them are not for the loop.
+        missing = await trio.to_thread.run_sync(self._missing_by_size, paths)
         async with trio.open_nursery() as nursery:
-            for path in paths:
-                await room.acquire()
-                nursery.start_soon(self._release_after, self._flight(path), room)
+            for path in missing:
+                await self._room.acquire()
+                nursery.start_soon(self._release_after, self._flight(path))
 
-    async def _release_after(self, flight: Flight, room: trio.Semaphore) -> None:
-        await flight.landed()
-        room.release()
+    async def _release_after(self, flight: Flight) -> None:
+        try:
+            await flight.landed()
+        finally:
+            self._room.release()
+
+    def _missing_by_size(self, paths: Sequence[StorePath]) -> list[StorePath]:
+        there = self._store.committed_among(paths)
+        return sorted((path for path in paths if path not in there), key=self._size)
 
     def cached_tree(self, ordinal: int) -> Tree | None:
         """The tree behind an ordinal, if it is in memory: never waits."""
@@ -209,6 +216,7 @@ class Realiser:
     async def _fetch(self, flight: Flight) -> Tree:
         """Try one offer after the other until one of them is the path."""
         failures: dict[str, FusesnapError] = {}
+        forgotten: set[str] = set()
         while True:
             offer = await self._next_offer(flight.path, failures)
             try:
@@ -216,8 +224,12 @@ class Realiser:
                 tree = await self._transfer(flight, offer, pin)
             except (Unavailable, PathNotFound, InvalidData, UntrustedPath) as error:
                 log.warning("%s: %s: %s", offer.substituter.url, flight.path, error)
-                failures[offer.substituter.url] = error
                 await self._pool.report_bad(offer, error)
+                if isinstance(error, PathNotFound) and offer.substituter.url not in forgotten:
+                    # Its narinfo may have been remembered, and name a file that has another name by now.
+                    forgotten.add(offer.substituter.url)
+                else:
+                    failures[offer.substituter.url] = error
             else:
                 self._trees.put(pin.ordinal, tree)
                 return tree
@@ -233,17 +245,20 @@ class Realiser:
             raise type(next(iter(failures.values())))(f"{path}: {said}") from error
 
     async def _accept(self, offer: Offer) -> Pin:
-        """Pin the offer, unless the path is pinned to another NAR already: that is no substitute for it."""
+        """Pin the offer, unless another NAR of the path is committed: then it is no substitute for that.
+
+        Of a path that is not committed nothing was ever shown, so it may become what its cache has by now.
+        """
         info = offer.narinfo
         pinned = self._store.pinned(info.store_path)
-        if pinned is None:
-            return await trio.to_thread.run_sync(self._store.pin, info)
-        if pinned.info.nar_hash != info.nar_hash:
+        if pinned is not None and pinned.info.nar_hash == info.nar_hash:
+            return pinned
+        if pinned is not None and self._store.is_committed(info.store_path):
             raise InvalidData(
                 f"{info.store_path}: offers a NAR that hashes to {info.nar_hash}, "
                 f"but the path is in use as {pinned.info.nar_hash}"
             )
-        return pinned
+        return await trio.to_thread.run_sync(self._store.pin, info)
 
     async def _transfer(self, flight: Flight, offer: Offer, pin: Pin) -> Tree:
         flight.begin(offer.substituter.url, offer.narinfo.file_size)

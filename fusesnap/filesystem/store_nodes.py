@@ -71,7 +71,7 @@ class StoreNodes:
 
     async def lookup(self, parent: Inode, name: bytes, pid: int | None) -> Attributes | None:
         """See ``Nodes``."""
-        tree = await self._directory(parent, pid)
+        tree, parent = await self._directory(parent, pid)
         index = tree.child(parent.entry, name)
         if index is None:
             return None
@@ -83,7 +83,7 @@ class StoreNodes:
 
     async def entries(self, inode: Inode, pid: int | None) -> Sequence[DirectoryEntry]:
         """See ``Nodes``."""
-        tree = await self._directory(inode, pid)
+        tree, inode = await self._directory(inode, pid)
         found = []
         for index in tree.children(inode.entry):
             attributes = _attributes(tree, _entry_inode(inode, index))
@@ -152,15 +152,24 @@ class StoreNodes:
                 f"{pin.info.store_path}: this mount shows the NAR {pin.info.nar_hash}, the store has {found}"
             )
 
-    async def _directory(self, inode: Inode, pid: int | None) -> Tree:
-        tree = await self._tree(inode, pid)
+    async def _directory(self, inode: Inode, pid: int | None) -> tuple[Tree, Inode]:
+        """The tree, and the inode of what is committed.
+
+        Of a claimed root nothing was shown but that it is a directory, so it may be what its cache has by now.
+        """
+        if inode.kind is InodeKind.CLAIMED:
+            path = self._pin(inode).info.store_path
+            tree = await self._realiser.realise(path, pid)
+            inode = Inode(InodeKind.STORE, 0, self._pinned(path).ordinal)
+        else:
+            tree = await self._tree(inode, pid)
         kind = _entry(tree, inode).kind
         if kind is not EntryKind.DIRECTORY:
             raise InvalidData(
                 f"{self._pin(inode).info.store_path}: the image's placeholder says directory, "
                 f"its NAR says {kind.name.lower()}"
             )
-        return tree
+        return tree, inode
 
 
 def _entry(tree: Tree, inode: Inode) -> Entry:

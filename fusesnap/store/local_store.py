@@ -136,8 +136,14 @@ class LocalStore:
         return self._target.state.pins(infos)
 
     def pinned(self, path: StorePath) -> Pin | None:
-        """Return the pin that ``path`` is committed with, else the one made last, if any."""
-        return self._target.state.pinned(path)
+        """Return the pin that ``path`` is committed with, else the one made last, if any.
+
+        A path that real Nix has added gets one here, at the first question.
+        """
+        pin = self._target.state.pinned(path)
+        if pin is None and (valid := self._target.nix.valid_path_info(path)) is not None:
+            pin = self.pin(_as_narinfo(valid, self.store_dir))
+        return pin
 
     def pin_of(self, ordinal: int) -> Pin | None:
         """Return the pin that has ``ordinal``."""
@@ -163,3 +169,23 @@ class LocalStore:
     def stage(self, pin: Pin) -> StagedPath:
         """Return where to put the events of the NAR of ``pin``; leave it to throw them away."""
         return StagedPath(pin, self._target)
+
+
+def _as_narinfo(valid: ValidPathInfo, store_dir: StoreDir) -> NarInfo:
+    """What Nix's database knows of a path, as a cache would have said it. No file has this URL: none is asked for."""
+    return NarInfo(
+        store_path=valid.store_path,
+        url=f"nar/{valid.store_path.hash_part}.nar",
+        compression="none",
+        file_hash=None,
+        file_size=None,
+        nar_hash=valid.nar_hash,
+        nar_size=valid.nar_size,
+        references=valid.references,
+        deriver=valid.deriver,
+        system=None,
+        signatures=valid.signatures,
+        ca=valid.ca,
+        unknown=(),
+        store_dir=store_dir,
+    )

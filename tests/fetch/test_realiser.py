@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import trio
+import trio.testing
 
 from fusesnap.errors import (
     ClosureUnavailable,
@@ -124,16 +125,28 @@ async def test_a_transfer_that_breaks_off_is_had_from_the_next_cache(
     assert store.is_committed(hello.path)
 
 
-async def test_another_nar_than_the_pinned_one_is_no_substitute(
+async def test_a_path_of_which_nothing_was_shown_becomes_what_its_cache_has_by_now(
     make_realiser: MakeRealiser, store: LocalStore
 ) -> None:
-    hello = sample("hello")
-    store.pin(hello.info)
-    other = sample("other")
-    impostor = Sample(replace(other.info, store_path=hello.path), other.file).signed_by(KEY)
-    with pytest.raises(InvalidData, match="but the path is in use as"):
-        await make_realiser(cache_of(impostor)).realise(hello.path)
-    assert not store.is_committed(hello.path)
+    hello, other = sample("hello"), sample("other", size=77)
+    old = store.pin(hello.info)
+    rebuilt = Sample(replace(other.info, store_path=hello.path), other.file).signed_by(KEY)
+    tree = await make_realiser(cache_of(rebuilt)).realise(hello.path)
+    pinned = store.pinned(hello.path)
+    assert tree.entries[0].size == 77
+    assert pinned is not None
+    assert pinned.ordinal != old.ordinal
+    assert pinned.info.nar_hash == rebuilt.info.nar_hash
+
+
+async def test_another_nar_than_the_committed_one_is_no_substitute(
+    make_realiser: MakeRealiser, store: LocalStore
+) -> None:
+    hello, other = sample("hello"), sample("other", size=77)
+    await make_realiser(cache_of(hello)).realise(hello.path)
+    rebuilt = Sample(replace(other.info, store_path=hello.path), other.file).signed_by(KEY)
+    tree = await make_realiser(cache_of(rebuilt)).realise(hello.path)
+    assert tree.entries[0].size == 1000
 
 
 async def test_a_cache_that_says_nothing_is_not_waited_for_for_ever(
@@ -228,3 +241,34 @@ async def test_a_hint_fetches_without_anybody_waiting(
 async def test_a_path_that_nobody_has_is_not_found(make_realiser: MakeRealiser) -> None:
     with pytest.raises(PathNotFound, match="memory://cache"):
         await make_realiser(cache_of()).realise(sample("hello").path)
+
+
+async def test_a_file_that_its_cache_renamed_is_had_under_its_new_name(
+    make_realiser: MakeRealiser, store: LocalStore
+) -> None:
+    hello = sample("hello")
+    cache = cache_of(hello)
+    realiser = make_realiser(cache)
+    await realiser.admit([hello.path])
+    del cache.files[hello.info.url]  # its narinfo is remembered
+    moved = hello.but(url="nar/moved").signed_by(KEY)
+    cache.publish(moved.info, moved.file)
+    await realiser.realise(hello.path)
+    assert store.is_committed(hello.path)
+
+
+async def test_many_hints_together_leave_half_of_the_transfers_to_readers(
+    make_realiser: MakeRealiser, store: LocalStore
+) -> None:
+    hinted = [sample(f"path-{number}", size=200_000) for number in range(8)]
+    wanted = sample("wanted")
+    cache = cache_of(*hinted, wanted)
+    for each in hinted:
+        cache.script(each.info.url, Fault(None, after=10))  # these never end
+    realiser = make_realiser(cache, limits=Limits(transfers=4))
+    await realiser.admit([each.path for each in hinted])
+    for each in hinted:
+        realiser.request([each.path])
+    await trio.testing.wait_all_tasks_blocked(0.05)
+    await realiser.realise(wanted.path)
+    assert store.is_committed(wanted.path)

@@ -279,6 +279,12 @@ def test_nix_and_we_have_the_store_open_at_once(
     assert target.committed_among(target.valid_closure(store_path(source, source.top))) == set(
         target.valid_closure(store_path(source, source.top))
     )
+    # Also those that Nix brought have an ordinal, and what it knows of them.
+    for path in target.valid_closure(store_path(source, source.top)):
+        pin = target.pinned(path)
+        assert pin is not None
+        assert pin.info.nar_hash == source.paths[path][0].nar_hash
+        assert pin.info.references == source.paths[path][0].references
     for path in paths:
         commit(target, source.paths[path])
         assert target.is_committed(path)
