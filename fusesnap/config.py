@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tomllib
 from collections.abc import Iterable
 from pathlib import Path
@@ -29,6 +30,12 @@ class Fetch(BaseModel):
 
     transfers: int = Field(8, ge=1, le=256, description="NARs fetched at once")
     lookups: int = Field(64, ge=1, le=1024, description="narinfos asked for at once")
+    unpackers: int = Field(
+        default_factory=lambda: min(os.cpu_count() or 1, 4),
+        ge=1,
+        le=64,
+        description="processes that decompress, check and commit; as many as there are processors, at most 4",
+    )
     stall_timeout: float = Field(
         120.0, gt=0, description="seconds without progress after which a reader gets an error"
     )

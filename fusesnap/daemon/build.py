@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import sys
 import time
 from collections.abc import AsyncIterator, Iterator
@@ -18,6 +17,7 @@ from fusesnap.config import Settings
 from fusesnap.errors import FusesnapError, StorageFailure
 from fusesnap.fetch.flight import Reader
 from fusesnap.fetch.realiser import Limits, Realiser
+from fusesnap.fetch.unpack_processes import UnpackProcesses
 from fusesnap.nix.signature import PublicKey, TrustedKeys
 from fusesnap.nix.store_path import StoreDir
 from fusesnap.store.local_store import LocalStore
@@ -39,6 +39,7 @@ class Node:
     store_dir: StoreDir
     store: LocalStore
     pool: SubstituterPool
+    unpackers: UnpackProcesses
     realiser: Realiser
 
 
@@ -49,15 +50,6 @@ def identify(pid: int) -> Reader:
     except OSError:
         command = "?"
     return Reader(pid, command)
-
-
-def log_to_stderr(level: int = logging.INFO) -> None:
-    """One line an event, for the journal or a terminal."""
-    logging.basicConfig(
-        stream=sys.stderr, level=level, format="fusesnap %(name)s: %(message)s", force=True
-    )
-    for noisy in ("httpx", "httpcore", "hpack", "h2"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
 
 
 @contextmanager
@@ -139,6 +131,12 @@ async def open_pool(
     )
 
 
+def unpack_command(settings: Settings) -> list[str]:
+    """How a process that unpacks is started; the descriptor of its stream is appended."""
+    module = "fusesnap.daemon.unpack_worker"
+    return [sys.executable, "-m", module, str(settings.root), settings.store_dir]
+
+
 @asynccontextmanager
 async def open_node(settings: Settings) -> AsyncIterator[Node]:
     """The objects of one state directory, with everything closed and every transfer ended when the block is left."""
@@ -151,8 +149,9 @@ async def open_node(settings: Settings) -> AsyncIterator[Node]:
         limits = Limits(
             settings.fetch.transfers, settings.fetch.lookups, settings.fetch.stall_timeout
         )
-        realiser = Realiser(store, pool, nursery, limits, identify)
+        unpackers = UnpackProcesses(unpack_command(settings), settings.fetch.unpackers, nursery)
+        realiser = Realiser(store, pool, unpackers, nursery, limits, identify)
         try:
-            yield Node(settings, store_dir, store, pool, realiser)
+            yield Node(settings, store_dir, store, pool, unpackers, realiser)
         finally:
             nursery.cancel_scope.cancel()

@@ -20,8 +20,9 @@ import trio
 
 from fusesnap.config import Settings, check
 from fusesnap.daemon import control
-from fusesnap.daemon.build import Node, log_to_stderr, open_node, plain_errors
+from fusesnap.daemon.build import Node, open_node, plain_errors
 from fusesnap.daemon.lazy_layer import WorkerMount
+from fusesnap.daemon.logs import log_to_stderr
 from fusesnap.daemon.path_source import HintingPathSource
 from fusesnap.daemon.signals import stop_on_signal
 from fusesnap.filesystem.views import Views

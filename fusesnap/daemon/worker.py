@@ -18,7 +18,8 @@ import trio
 
 from fusesnap.config import Settings, check
 from fusesnap.daemon import control
-from fusesnap.daemon.build import Node, log_to_stderr, open_node, plain_errors
+from fusesnap.daemon.build import Node, open_node, plain_errors
+from fusesnap.daemon.logs import log_to_stderr
 from fusesnap.daemon.signals import stop_on_signal
 from fusesnap.daemon.status import worker_status
 from fusesnap.filesystem.inode import InodeKind
@@ -38,6 +39,7 @@ async def serve(settings: Settings, fuse: int, init_request: bytes, ready: int) 
     """Serve until SIGTERM or until the mount is gone."""
     with plain_errors():
         async with open_node(settings) as node:
+            node.unpackers.start()  # so that the first reader does not wait for a process too
             open_files = OpenFiles()
             views = Views(settings.root / "views.sqlite")
             store_nodes = StoreNodes(node.store, node.realiser, open_files)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Sequence
-from contextlib import aclosing, asynccontextmanager
+from contextlib import aclosing
 from dataclasses import dataclass
 
 import trio
@@ -19,11 +19,10 @@ from fusesnap.errors import (
 )
 from fusesnap.fetch.flight import Flight, FlightState, Reader
 from fusesnap.fetch.trees import Trees
-from fusesnap.fetch.unpack import Unpacker
+from fusesnap.fetch.unpacking import UnpackerDied, Unpackers
 from fusesnap.nix.store_path import StorePath
 from fusesnap.nix.tree import Tree
 from fusesnap.store.local_store import LocalStore, Pin
-from fusesnap.store.staging import StagedPath
 from fusesnap.store.tree_reader import scan_tree
 from fusesnap.substituter.pool import Offer, SubstituterPool
 
@@ -31,6 +30,8 @@ log = logging.getLogger(__name__)
 
 # A thread hop costs some 50 us: what arrives is gathered until it is worth one.
 GATHER = 256 * 1024
+# An unpack process may be killed, by the kernel too when memory is short; a NAR that kills each one is given up.
+UNPACK_ATTEMPTS = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,12 +54,14 @@ class Realiser:
         self,
         store: LocalStore,
         pool: SubstituterPool,
+        unpackers: Unpackers,
         nursery: trio.Nursery,
         limits: Limits,
         identify: Callable[[int], Reader],
     ) -> None:
         self._store = store
         self._pool = pool
+        self._unpackers = unpackers
         self._nursery = nursery
         self._limits = limits
         self._identify = identify
@@ -246,27 +249,24 @@ class Realiser:
         return pinned
 
     async def _transfer(self, flight: Flight, offer: Offer, pin: Pin) -> Tree:
-        flight.begin(offer.substituter.url, offer.narinfo.file_size)
-        async with self._staging(pin) as staged:
-            unpacker = Unpacker(offer.narinfo, staged)
-            async with (
-                offer.substituter.nar(offer.narinfo) as stream,
-                aclosing(gather(stream, flight)) as pieces,
-            ):
-                async for piece in pieces:
-                    await trio.to_thread.run_sync(unpacker.feed, piece)
-            tree = await trio.to_thread.run_sync(unpacker.finish)
-            await trio.to_thread.run_sync(staged.commit)
-        return tree
+        for _ in range(UNPACK_ATTEMPTS - 1):
+            try:
+                return await self._transfer_once(flight, offer, pin)
+            except UnpackerDied as error:
+                log.warning("%s: %s; from its start again", flight.path, error)
+        return await self._transfer_once(flight, offer, pin)
 
-    @asynccontextmanager
-    async def _staging(self, pin: Pin) -> AsyncIterator[StagedPath]:
-        staged = await trio.to_thread.run_sync(self._store.stage, pin)
-        try:
-            yield staged
-        finally:
-            with trio.CancelScope(shield=True):  # a few unlinks of local files: short, and owed
-                await trio.to_thread.run_sync(staged.__exit__, None, None, None)
+    async def _transfer_once(self, flight: Flight, offer: Offer, pin: Pin) -> Tree:
+        flight.begin(offer.substituter.url, offer.narinfo.file_size)
+        async with (
+            self._unpackers.unpacking(pin, offer.narinfo) as unpacking,
+            offer.substituter.nar(offer.narinfo) as stream,
+            aclosing(gather(stream, flight)) as pieces,
+        ):
+            async for piece in pieces:
+                await unpacking.feed(piece)
+            await unpacking.commit()
+        return await trio.to_thread.run_sync(scan_tree, self._store.location(flight.path))
 
 
 def named(url: str, failure: FusesnapError) -> str:
