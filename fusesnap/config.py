@@ -6,7 +6,7 @@ import os
 import tomllib
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
@@ -72,6 +72,19 @@ class Settings(BaseModel):
     )
     readahead_kib: int = Field(
         16, ge=0, le=8192, description="kernel readahead on the lazy mount, in KiB"
+    )
+    relay: Literal["auto", "always", "never"] = Field(
+        "auto",
+        description="whether the supervisor stays between kernel and worker; auto: on Linux before 6.9",
+    )
+    watchdog: float = Field(
+        10.0,
+        ge=0,
+        description="seconds after which a worker without its sign of life, one a second, is replaced; 0: never",
+    )
+    spare_worker: bool = Field(
+        True,
+        description="keep a second worker loaded, which takes over at once when the first dies",
     )
     fetch: Fetch = Field(default_factory=Fetch)
 

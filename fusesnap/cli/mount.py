@@ -10,7 +10,7 @@ import click
 
 from fusesnap.cli import options
 from fusesnap.errors import InvalidArgument, Unsupported
-from fusesnap.supervisor import mount_points
+from fusesnap.fuse_mount import mount_points
 
 
 @click.command()

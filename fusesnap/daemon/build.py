@@ -8,14 +8,13 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
-from pathlib import Path
 
 import httpx
 import trio
 
 from fusesnap.config import Settings
+from fusesnap.daemon.readers import identify
 from fusesnap.errors import FusesnapError, StorageFailure
-from fusesnap.fetch.flight import Reader
 from fusesnap.fetch.realiser import Limits, Realiser
 from fusesnap.fetch.unpack_processes import UnpackProcesses
 from fusesnap.nix.signature import PublicKey, TrustedKeys
@@ -41,15 +40,6 @@ class Node:
     pool: SubstituterPool
     unpackers: UnpackProcesses
     realiser: Realiser
-
-
-def identify(pid: int) -> Reader:
-    """The process ``pid`` as the kernel names it; a process that is gone has no name."""
-    try:
-        command = Path(f"/proc/{pid}/comm").read_text(encoding="utf-8", errors="replace").strip()
-    except OSError:
-        command = "?"
-    return Reader(pid, command)
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from fusesnap.errors import (
     Unavailable,
     UntrustedPath,
 )
-from fusesnap.fetch.flight import Flight, FlightState, Reader
+from fusesnap.fetch.flight import Flight, FlightState, Progress, Reader
 from fusesnap.fetch.trees import Trees
 from fusesnap.fetch.unpacking import UnpackerDied, Unpackers
 from fusesnap.nix.store_path import StorePath
@@ -67,6 +67,7 @@ class Realiser:
         self._identify = identify
         self._transfers = trio.CapacityLimiter(limits.transfers)
         self._flights: dict[StorePath, Flight] = {}
+        self._progress = Progress()
         self._trees = Trees()
 
     # ---------------------------------------------------------------- asking
@@ -120,17 +121,25 @@ class Realiser:
 
     # -------------------------------------------------------------- fetching
 
-    async def realise(self, path: StorePath, pid: int | None = None) -> Tree:
+    async def realise(
+        self,
+        path: StorePath,
+        pid: int | None = None,
+        watch: Callable[[Flight], None] = lambda _: None,
+    ) -> Tree:
         """The tree of ``path``, which is committed when this returns.
 
-        Any number of callers share one transfer. Raises the reason why it cannot be had (``PathNotFound``,
-        ``Unavailable``, ``UntrustedPath``, ``InvalidData``, ``StorageFailure``), or ``DeadlineExceeded``.
+        Any number of callers share one transfer, which ``watch`` is told if it is waited for. Raises the reason why
+        the path cannot be had (``PathNotFound``, ``Unavailable``, ``UntrustedPath``, ``InvalidData``,
+        ``StorageFailure``), or ``DeadlineExceeded``.
         """
         tree = await self._committed_tree(path)
         if tree is not None:
             return tree
         reader = self._identify(pid) if pid is not None else None
-        return await self._flight(path).wait(self._limits.stall, reader)
+        flight = self._flight(path)
+        watch(flight)
+        return await flight.wait(self._limits.stall, reader)
 
     def request(self, paths: Sequence[StorePath]) -> None:
         """Start fetching what is missing of ``paths``, smallest first, without waiting."""
@@ -186,7 +195,7 @@ class Realiser:
     def _flight(self, path: StorePath) -> Flight:
         flight = self._flights.get(path)
         if flight is None:
-            flight = self._flights[path] = Flight(path)
+            flight = self._flights[path] = Flight(path, self._progress)
             self._nursery.start_soon(self._fly, flight, name=f"fetch {path}")
         return flight
 
@@ -196,6 +205,7 @@ class Realiser:
         )
         try:
             async with self._transfers:
+                flight.board()
                 outcome = await self._fetch(flight)
         except Exception as error:
             log.warning(

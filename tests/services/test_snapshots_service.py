@@ -158,6 +158,7 @@ STATUSES = [
     (errors.PathNotFound("x"), grpc.StatusCode.FAILED_PRECONDITION),
     (errors.Unavailable("x"), grpc.StatusCode.UNAVAILABLE),
     (errors.DeadlineExceeded("x"), grpc.StatusCode.DEADLINE_EXCEEDED),
+    (errors.ReaderReleased("x", killed=True), grpc.StatusCode.UNAVAILABLE),
     (errors.ClosureUnavailable([errors.PathNotFound("x")]), grpc.StatusCode.FAILED_PRECONDITION),
     (
         errors.ClosureUnavailable([errors.PathNotFound("x"), errors.Unavailable("y")]),
@@ -177,7 +178,8 @@ def families(kind: type[errors.FusesnapError]) -> set[type[errors.FusesnapError]
 
 
 def test_every_error_has_a_status() -> None:
-    assert {type(error) for error, _ in STATUSES} == families(errors.FusesnapError)
+    ours = {kind for kind in families(errors.FusesnapError) if kind.__module__ == errors.__name__}
+    assert {type(error) for error, _ in STATUSES} == ours
 
 
 @pytest.mark.parametrize(("error", "status"), STATUSES, ids=lambda x: type(x).__name__)
