@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import tomllib
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
@@ -31,6 +32,12 @@ class Fetch(BaseModel):
 
     transfers: int = Field(8, ge=1, le=256, description="NARs fetched at once")
     lookups: int = Field(64, ge=1, le=1024, description="narinfos asked for at once")
+    unpackers: int = Field(
+        default_factory=lambda: min(os.cpu_count() or 1, 4),
+        ge=1,
+        le=64,
+        description="processes that decompress, check and commit; as many as there are processors, at most 4",
+    )
     stall_timeout: float = Field(
         120.0, gt=0, description="seconds without progress after which a reader gets an error"
     )
@@ -65,6 +72,19 @@ class Settings(BaseModel):
     )
     readahead_kib: int = Field(
         16, ge=0, le=8192, description="kernel readahead on the lazy mount, in KiB"
+    )
+    relay: Literal["auto", "always", "never"] = Field(
+        "auto",
+        description="whether the supervisor stays between kernel and worker; auto: on Linux before 6.9",
+    )
+    watchdog: float = Field(
+        10.0,
+        ge=0,
+        description="seconds after which a worker without its sign of life, one a second, is replaced; 0: never",
+    )
+    spare_worker: bool = Field(
+        True,
+        description="keep a second worker loaded, which takes over at once when the first dies",
     )
     fetch: Fetch = Field(default_factory=Fetch)
 

@@ -39,6 +39,14 @@ class DeadlineExceeded(Unavailable):
     """A wait ended at its deadline before there was an answer."""
 
 
+class ReaderReleased(Unavailable):
+    """A wait was ended from outside: somebody cancelled it, or its reader was ``killed`` and cannot go otherwise."""
+
+    def __init__(self, message: str, *, killed: bool) -> None:
+        super().__init__(message)
+        self.killed = killed
+
+
 class ClosureUnavailable(FusesnapError):
     """Paths of a closure cannot be had.
 

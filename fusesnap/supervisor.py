@@ -1,310 +1,344 @@
-"""The process that holds the mount: it opens /dev/fuse, mounts, starts the others and restarts what dies.
+"""The process that holds the mount: it mounts, starts the others, and replaces what dies or hangs.
 
-It is meant to be read in one sitting, and to survive what kills its children: standard library only, no thread, and
-it never opens a file below the mount (a thread that waits for its own children's answer cannot be killed).
+It is meant to be read in one sitting (with ``child``, ``fuse_mount`` and ``relay`` beside it), and to survive what
+kills its children: standard library only, no thread, and no file below the mount is ever opened.
 
-Started as ``python -m fusesnap.supervisor SETTINGS`` where SETTINGS is the JSON object that ``fusesnap daemon`` made
-from its checked configuration; it is handed on to the children as it is.
+Started as ``python -m fusesnap.supervisor SETTINGS COMMAND...``: SETTINGS is the JSON object that ``fusesnap daemon``
+made from its checked configuration, and is handed on to the children as it is; COMMAND is that ``fusesnap daemon``.
+
+SIGTERM and SIGINT end it. SIGHUP replaces everything by what is installed and configured now: COMMAND with ``--check``
+is run in a child, and only if it answers, we exec what it says. The mount, the lock and the children stay ours over
+the exec. Then a new worker loads while the old one serves; when it is loaded, the old one is told to stop; when that
+has ended, the new one joins the mount, and what the old one had taken and not answered is sent again, as after a death.
+Two workers never read at once: a read of /dev/fuse blocks where the other was quicker, and libfuse knows no other read.
 """
 
 from __future__ import annotations
 
-import ctypes
-import fcntl
 import json
 import os
-import re
 import select
 import signal
-import struct
-import subprocess
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
 
-# ------------------------------------------------------------- FUSE_INIT (include/uapi/linux/fuse.h)
+from fusesnap import fuse_mount, handover
+from fusesnap.child import GRACE, Check, Child, Process, log
+from fusesnap.daemon_lock import DaemonLock, InUse
+from fusesnap.fuse_mount import Connection, MountFailure
+from fusesnap.handover import Handover
+from fusesnap.relay import Relay
+from fusesnap.systemd import ServiceManager
 
-IN_HEADER = struct.Struct("<IIQQIIIHH")  # len opcode unique nodeid uid gid pid total_extlen padding
-INIT_IN = struct.Struct("<IIII")  # major minor max_readahead flags; then flags2, unused[11]
-# major minor max_readahead flags max_background congestion_threshold max_write time_gran max_pages map_alignment
-# flags2 max_stack_depth request_timeout; then unused[11]
-INIT_OUT = struct.Struct("<IIIIHHIIHHIIH22x")
-OUT_HEADER = struct.Struct("<IiQ")  # len error unique
-FUSE_INIT = 26
-ASYNC_READ, BIG_WRITES, DO_READDIRPLUS = 1 << 0, 1 << 5, 1 << 13
-PARALLEL_DIROPS, MAX_PAGES, CACHE_SYMLINKS, INIT_EXT = 1 << 18, 1 << 22, 1 << 23, 1 << 30
-HAS_RESEND, ALLOW_IDMAP = 1 << (39 - 32), 1 << (40 - 32)  # in flags2
-# READDIRPLUS_AUTO is left out: with it the kernel sends plain readdir, which pyfuse3 answers with ENOSYS.
-FLAGS = (
-    ASYNC_READ
-    | BIG_WRITES
-    | DO_READDIRPLUS
-    | PARALLEL_DIROPS
-    | MAX_PAGES
-    | CACHE_SYMLINKS
-    | INIT_EXT
-)
-FLAGS2 = HAS_RESEND | ALLOW_IDMAP
-PROTOCOL_MINOR = 40  # the newest layout of INIT_OUT that is written here
-MAX_TRANSFER = 128 * 1024  # of one read
-MAX_PAGES_PER_REQUEST = MAX_TRANSFER // 4096
-
-MS_RDONLY, MS_NOSUID, MS_NODEV, MNT_DETACH = 1, 2, 4, 2
-
-# A child that dies within this many seconds of its start is dying young, and waits before it is started again.
-YOUNG = 5.0
-LONGEST_WAIT = 10.0
-# A child that is told to stop has this many seconds. A worker that hangs must not keep the node from stopping.
-GRACE = 10.0
-
-READY = 3  # children say that they serve by writing a line to this descriptor
-
-
-def fail(message: str, status: int = 1) -> NoReturn:
-    """Say why, and end."""
-    sys.stderr.write(f"fusesnap: {message}\n")
-    raise SystemExit(status)
-
-
-# ------------------------------------------------------------------------------------------ the mount
-
-
-def system_call(name: str, *arguments: object) -> None:
-    """Call the C library's ``name``; raises ``OSError``."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    if getattr(libc, name)(*arguments) != 0:
-        number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number))
-
-
-def mount_points() -> set[str]:
-    """Where something is mounted, by the kernel's own list."""
-    lines = (
-        Path("/proc/self/mountinfo")
-        .read_text(encoding="utf-8", errors="surrogateescape")
-        .splitlines()
-    )
-    return {unescaped(line.split(" ")[4]) for line in lines}
-
-
-def unescaped(name: str) -> str:
-    """Space, tab, newline and backslash are octal in mountinfo (proc_pid_mountinfo(5))."""
-    return re.sub(r"\\([0-7]{3})", lambda code: chr(int(code[1], 8)), name)
-
-
-def detach(mountpoint: Path) -> None:
-    """Take away every mount at ``mountpoint``, also while somebody still uses it."""
-    while str(mountpoint) in mount_points():
-        system_call("umount2", os.fsencode(mountpoint), MNT_DETACH)
-
-
-def mount(mountpoint: Path, readahead: int) -> tuple[int, bytes]:
-    """Mount FUSE there. Returns the connection's descriptor and the kernel's FUSE_INIT request, answered."""
-    try:
-        fuse = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
-    except OSError as error:
-        fail(f"/dev/fuse: {error.strerror}: load the kernel's FUSE module (modprobe fuse)", 69)
-    options = f"fd={fuse},rootmode=40000,user_id=0,group_id=0,allow_other,default_permissions,max_read={MAX_TRANSFER}"
-    try:
-        system_call(
-            "mount", b"fusesnap", os.fsencode(mountpoint), b"fuse.fusesnap",
-            ctypes.c_ulong(MS_RDONLY | MS_NOSUID | MS_NODEV), options.encode(),
-        )  # fmt: skip
-    except OSError as error:
-        fail(
-            f"{mountpoint}: the FUSE mount was refused: {error.strerror}: is this root, with CAP_SYS_ADMIN?",
-            77,
-        )
-    request = os.read(fuse, 1 << 18)
-    os.write(fuse, answer_init(request, readahead))
-    return fuse, request
-
-
-def answer_init(request: bytes, readahead: int) -> bytes:
-    """The answer to the kernel's FUSE_INIT: what we want of what it has. ``readahead`` in bytes."""
-    _, opcode, unique, *_ = IN_HEADER.unpack_from(request)
-    if opcode != FUSE_INIT:
-        fail(f"the kernel's first FUSE request has opcode {opcode}, not {FUSE_INIT} (FUSE_INIT)")
-    _, minor, offered_readahead, flags = INIT_IN.unpack_from(request, IN_HEADER.size)
-    flags2_at = IN_HEADER.size + INIT_IN.size
-    flags2 = struct.unpack_from("<I", request, flags2_at)[0] if len(request) >= flags2_at + 4 else 0
-    body = INIT_OUT.pack(
-        7, min(minor, PROTOCOL_MINOR), min(readahead, offered_readahead), FLAGS & flags, 64, 48, MAX_TRANSFER, 1,
-        MAX_PAGES_PER_REQUEST, 0, FLAGS2 & flags2, 0, 0,
-    )  # fmt: skip
-    return OUT_HEADER.pack(OUT_HEADER.size + len(body), 0, unique) + body
-
-
-# --------------------------------------------------------------------------------------- the children
-
-
-@dataclass
-class Child:
-    """A process that is to be there as long as we are."""
-
-    name: str
-    command: list[str]
-    descriptors: tuple[int, ...] = ()
-    process: subprocess.Popen[bytes] | None = None
-    ready: int = -1  # read end of the pipe on which it says that it serves
-    started: float = 0.0
-    wait: float = 0.0
-    due: float = 0.0
-    serves: bool = False
-
-    def start(self) -> None:
-        """Exec it, never only fork: a copy of us that holds the FUSE descriptor would turn its death into a hang."""
-        reading, writing = os.pipe2(os.O_CLOEXEC)
-        self.process = subprocess.Popen(
-            [*self.command, str(writing)],
-            pass_fds=(*self.descriptors, writing),
-            stdin=subprocess.DEVNULL,
-        )
-        os.close(writing)
-        self.ready, self.started = reading, time.monotonic()
-
-    def note_ready(self) -> None:
-        """The pipe has something to say: a line, or its end."""
-        self.serves = bool(os.read(self.ready, 64)) or self.serves
-        os.close(self.ready)
-        self.ready = -1
-
-    def buried(self) -> bool:
-        """Whether it was running and is not any more; then it is due again, later if it died young."""
-        if self.process is None or self.process.poll() is None:
-            return False
-        lived = time.monotonic() - self.started
-        self.wait = min(max(2 * self.wait, 0.1), LONGEST_WAIT) if lived < YOUNG else 0.0
-        self.due = time.monotonic() + self.wait
-        log(
-            f"{self.name} (pid {self.process.pid}) ended with {self.process.returncode} after {lived:.1f} s; "
-            f"starting it again in {self.wait:.1f} s"
-        )
-        self.process = None
-        if self.ready >= 0:
-            os.close(self.ready)
-            self.ready = -1
-        return True
-
-    def stop(self) -> None:
-        """Ask it to end; kill it when it does not."""
-        if self.process is None:
-            return
-        self.process.terminate()
-        try:
-            self.process.wait(GRACE)
-        except subprocess.TimeoutExpired:
-            log(f"{self.name} (pid {self.process.pid}) did not stop within {GRACE:.0f} s: killed")
-            self.process.kill()
-            self.process.wait()
-
-
-def log(message: str) -> None:
-    """A line for the journal."""
-    sys.stderr.write(f"fusesnap supervisor: {message}\n")
-    sys.stderr.flush()
-
-
-# ---------------------------------------------------------------------------------------- the work
+TICK = 1.0  # seconds between looks at who is silent
+HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 class Supervisor:
     """Holds the descriptor of the mount and keeps its children alive."""
 
-    def __init__(self, settings: str) -> None:
+    def __init__(self, settings: str, command: list[str], manager: ServiceManager) -> None:
         given = json.loads(settings)
         self.root = Path(given["root"]).resolve()  # as the kernel's list of mounts names it
         self.mountpoint = self.root / "lazy"
         self.readahead = int(given["readahead"])
         self.address = str(given["address"])
+        self.relay_wanted = str(given["relay"])
         self.settings = settings
-        self.children: list[Child] = []
-        self.announced = False
+        self.command = command
+        self.manager = manager
+        self.control = select.epoll()
+        self.lines: dict[int, Process] = {}
+        self.relay: Relay | None = None
+        self.connection: Connection
+        self.memory = -1  # what is stored beside the FUSE descriptor
+        self.lock: DaemonLock
+        self.reloads = 0
+        self.announced = self.failed = False
+        self.check: Check | None = None
+        self.worker = Child(
+            "worker", self.launch_worker, float(given["watchdog"]), self.switch, self.listen,
+            keep_spare=bool(given["spare-worker"]),
+        )  # fmt: skip
+        services = Child("services", self.launch_services, listen=self.listen)
+        self.children = [self.worker, services]
+
+    # ---------------------------------------------------------------- begin
 
     def run(self) -> None:
         """Until SIGTERM or SIGINT."""
         wake, wake_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         signal.set_wakeup_fd(wake_write)
-        for number in (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT):
+        for number in (signal.SIGCHLD, *HANDLED):
             signal.signal(number, lambda *_: None)
-        lock = self.lock()
-        detach(self.mountpoint)  # of a daemon that is dead: we hold its lock
-        self.mountpoint.mkdir(exist_ok=True)
-        fuse, request = mount(self.mountpoint, self.readahead)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, HANDLED)  # blocked over exec
+        self.control.register(wake, select.EPOLLIN)
+        handed = handover.received()
+        if handed is not None:
+            self.take_over(handed)
+        else:
+            self.lock = DaemonLock.take(self.root)
+            self.attach()
         try:
-            self.children = [
-                Child("worker", self.command("worker", str(fuse), request.hex()), (fuse,)),
-                Child("services", self.command("services")),
-            ]
             self.watch(wake)
         finally:
-            for child in reversed(self.children):
-                child.stop()
-            os.close(fuse)  # before the unmount: nobody answers any more
-            detach(self.mountpoint)
-            os.close(lock)
+            self.stop(wake)
 
-    def command(self, room: str, *arguments: str) -> list[str]:
-        """How a child is started; the descriptor for its readiness is appended."""
-        # -P: the working directory is no place to import from.
-        return [sys.executable, "-P", "-m", f"fusesnap.daemon.{room}", self.settings, *arguments]
-
-    def lock(self) -> int:
-        """The proof that we are the only daemon on this state directory; the kernel drops it when we die."""
-        self.root.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(
-            self.root / "daemon.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600
-        )
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = os.read(descriptor, 32).decode(errors="replace").strip() or "unknown"
-            fail(
-                f"{self.root}: in use by another daemon (pid {holder}): stop it, or give another --root",
-                75,
+    def attach(self) -> None:
+        """A mount: the one that the service manager has kept, or a new one instead of what a dead daemon has left."""
+        kept = handover.kept(self.mountpoint)
+        if kept is None:
+            fuse_mount.detach(self.mountpoint)
+            self.mountpoint.mkdir(exist_ok=True)
+            self.connection = fuse_mount.mount(self.mountpoint, self.readahead)
+            self.use_relay(
+                self.relay_wanted == "always"
+                or (self.relay_wanted == "auto" and not self.connection.can_resend)
             )
-        os.truncate(descriptor, 0)
-        os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
-        return descriptor
+        else:
+            log(f"{self.mountpoint}: taken over from the service manager")
+            self.adopt(kept)
+            if not kept.orderly:
+                self.connection.resend()  # a worker would do so, but not behind our relay
+        self.store()
+
+    def adopt(self, state: Handover) -> None:
+        """Use a connection that was begun before us."""
+        self.connection = state.connection
+        self.use_relay(state.relayed)
+        if self.relay is not None:
+            pending = [bytes.fromhex(request) for request in state.pending]
+            self.relay.adopt(state.relay, pending, map(bytes.fromhex, state.unsent))
+
+    def take_over(self, handed: Handover) -> None:
+        """Be what the program before this one in our process was. Its children serve until ours are loaded."""
+        self.lock, self.reloads = DaemonLock(handed.lock), handed.generation
+        self.adopt(handed)
+        self.store()
+        named = {child.name: child for child in self.children}
+        for name, (pid, line) in handed.children.items():
+            process = Process(name, pid, line, loaded=True, serves=True, has_turn=True)
+            if name in named:
+                named[name].old = process
+                self.listen(process)
+            else:
+                process.tell_to_stop()
+
+    def use_relay(self, wanted: bool) -> None:
+        """Whether to stay between kernel and worker is decided once a mount."""
+        self.relay = None
+        if wanted:
+            fuse, request = self.connection.fuse, self.connection.init_request
+            self.relay = Relay(fuse, request, self.control.fileno())
+
+    def store(self) -> None:
+        """Have the mount kept while we do not run."""
+        if self.manager.keeps:
+            self.memory = os.memfd_create("fusesnap-state")
+            self.state(orderly=False).write(self.memory)
+            self.manager.store(self.connection.fuse, self.memory)
+
+    # ------------------------------------------------------------- children
+
+    def launch_worker(self) -> tuple[list[str], tuple[int, ...]]:
+        """How to start a worker."""
+        fuse = self.connection.fuse if self.relay is None else self.relay.offer()
+        shown = str(fuse) if self.relay is None else f"relay:{fuse}"
+        return self.room("worker", shown, self.connection.init_request.hex()), (fuse,)
+
+    def launch_services(self) -> tuple[list[str], tuple[int, ...]]:
+        """How to start the services process."""
+        return self.room("services"), ()
+
+    def room(self, name: str, *arguments: str) -> list[str]:
+        """A child's command; the number of its line is appended."""
+        # -P: the working directory is no place to import from.
+        return [sys.executable, "-P", "-m", f"fusesnap.daemon.{name}", self.settings, *arguments]
+
+    def switch(self) -> None:
+        """A new worker takes over."""
+        if self.relay is not None:
+            self.relay.switch()
+
+    def listen(self, process: Process) -> None:
+        """Hear what a process says."""
+        if process.line >= 0:
+            self.lines[process.line] = process
+            self.control.register(process.line, select.EPOLLIN)
+
+    # ----------------------------------------------------------------- work
 
     def watch(self, wake: int) -> None:
-        """Start what is due, bury what died, until told to stop."""
+        """Start what is due, bury what died, kill what hangs, until told to stop."""
+        last = time.monotonic()
         while True:
             now = time.monotonic()
+            # A machine that slept, or whose processes were all frozen, has nobody who was silent for that long.
+            elapsed, last = min(now - last, 2 * TICK), now
             for child in self.children:
-                if child.process is None and child.due <= now:
-                    child.start()
-            if self.wait(wake):
+                child.tend(now, elapsed)
+            if self.connection.lost:
+                self.mount_again()
+            self.manager.beat(now)
+            self.end_check(elapsed)
+            self.announce()
+            signals = self.wait(wake, now)
+            if signal.SIGTERM in signals or signal.SIGINT in signals:
                 return
-            for child in self.children:
-                child.buried()
+            if signal.SIGHUP in signals:
+                self.begin_reload()
 
-    def wait(self, wake: int) -> bool:
-        """Until something happens; true when it is the signal to stop."""
-        due = [child.due for child in self.children if child.process is None]
-        timeout = max(0.0, min(due) - time.monotonic()) if due else None
-        speaking = {child.ready: child for child in self.children if child.ready >= 0}
-        readable, _, _ = select.select([wake, *speaking], [], [], timeout)
-        for descriptor in readable:
-            if descriptor != wake:
-                speaking[descriptor].note_ready()
-        self.announce()
-        signals = os.read(wake, 64) if wake in readable else b""
-        return signal.SIGTERM in signals or signal.SIGINT in signals
+    def wait(self, wake: int, now: float) -> bytes:
+        """Until something happens or a tick is over. Returns the signals that came."""
+        due = [child.due - now for child in self.children if child.process is None]
+        timeout = max(0.0, min([TICK, *due]))
+        if self.relay is not None:
+            self.relay.forward(timeout)
+            timeout = 0.0
+        signals = b""
+        for descriptor, _ in self.control.poll(timeout):
+            if descriptor == wake:
+                signals = os.read(wake, 64)
+            else:
+                self.lines[descriptor].hear()
+        return signals
+
+    def mount_again(self) -> None:
+        """Somebody has unmounted or aborted our mount. Who used it has got errors; others shall be served."""
+        log(f"{self.mountpoint}: the mount is gone: mounting again")
+        for process in self.worker.processes:
+            process.signal(signal.SIGKILL)
+        if self.relay is not None:
+            self.relay.close()
+        gone = self.connection
+        self.attach()
+        os.close(gone.fuse)
 
     def announce(self) -> None:
-        """Say once that everything serves."""
-        if not self.announced and all(child.serves for child in self.children):
+        """Say once that everything serves, or why a reload has not led there."""
+        if self.announced:
+            return
+        if all(child.serves and child.old is None for child in self.children):
             self.announced = True
-            sys.stdout.write(f"ready: serving {self.address} from {self.root}\n")
+            said = f"serving {self.address} from {self.root}"
+            sys.stdout.write(f"ready: {said}\n")
             sys.stdout.flush()
+            self.manager.say("READY=1", f"STATUS={said}")
+            self.lock.tell(self.reloads, "serving")
+            return
+        failures = [child.failure for child in self.children if child.old and child.failure]
+        if failures and not self.failed:
+            self.manager.say("READY=1", f"STATUS=reload failed: {failures[0]}")
+        self.failed = bool(failures)
+        self.lock.tell(self.reloads, "failed" if failures else "starting", "; ".join(failures))
+
+    # --------------------------------------------------------------- reload
+
+    def begin_reload(self) -> None:
+        """Ask what is installed now whether it can run with what is configured now."""
+        if self.check or any(child.old and child.old.told for child in self.children):
+            log("a reload is under way already")
+            return
+        self.reloads += 1
+        self.lock.tell(self.reloads, "reloading")
+        self.manager.reloading()
+        try:
+            self.check = Check.start([*self.command, "--check"])
+        except OSError as error:
+            self.refuse_reload(f"{self.command[0]}: {error.strerror}")
+
+    def end_check(self, elapsed: float) -> None:
+        """Go on with the reload when the check has ended."""
+        ended = self.check.ended(elapsed) if self.check else None
+        if ended is None:
+            return
+        self.check = None
+        words, said = ended
+        root = Path(json.loads(words[4])["root"]).resolve() if words else self.root
+        if not words:
+            self.refuse_reload(said)
+        elif root != self.root:
+            self.refuse_reload(f"{root}: another state directory than {self.root} needs a restart")
+        else:
+            self.become(words)
+
+    def become(self, words: list[str]) -> None:
+        """Exec the new supervisor, with everything that is ours."""
+        for child in self.children:
+            child.let_go_of_successor()
+        log("reload: starting the new program")
+        signal.pthread_sigmask(signal.SIG_BLOCK, HANDLED)
+        self.state(children=True).keep_over_exec()
+        try:
+            os.execv(words[0], words)  # noqa: S606
+        except OSError as error:
+            handover.received()  # close for others what was left open for the new program
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, HANDLED)
+            self.refuse_reload(f"{words[0]}: {error.strerror}")
+
+    def refuse_reload(self, reason: str) -> None:
+        """Go on as before."""
+        log(f"reload refused: {reason}")
+        self.lock.tell(self.reloads, "failed", reason)
+        self.manager.say("READY=1", f"STATUS=reload refused: {reason.splitlines()[-1]}")
+
+    def state(self, *, orderly: bool = True, children: bool = False) -> Handover:
+        """What the next supervisor must know; with ``children``, also what belongs to this process."""
+        begun = self.connection
+        state = Handover(begun.init_request.hex(), begun.device, self.relay is not None, orderly)
+        if self.relay is not None:
+            state.pending = [request.hex() for request in self.relay.pending.values()]
+        if children:
+            state.generation, state.lock = self.reloads, self.lock.descriptor
+            state.fuse = self.connection.fuse
+            if self.relay is not None:
+                state.relay = self.relay.worker
+                state.unsent = [request.hex() for request in self.relay.unsent]
+            for child in self.children:
+                if process := child.old or child.process:
+                    state.children[child.name] = (process.pid, process.line)
+        return state
+
+    # ------------------------------------------------------------------ end
+
+    def stop(self, wake: int) -> None:
+        """End the children, all at once and within bounds, and the mount unless it is kept for the next of us."""
+        self.manager.say("STOPPING=1")
+        running = [process for child in self.children for process in child.processes]
+        for process in running:
+            process.tell_to_stop()
+        running = self.reap(running, wake)
+        for process in running:
+            log(f"{process.name} (pid {process.pid}) did not stop within {GRACE:.0f} s: killed")
+            process.signal(signal.SIGKILL)
+        if self.manager.keeps:
+            self.state().write(self.memory)
+            return
+        os.close(self.connection.fuse)
+        # Readers get ENOTCONN: also a child of ours that waits for a page, which even SIGKILL would not end before.
+        fuse_mount.detach(self.mountpoint, abort=True)
+        self.reap(running, wake)
+
+    def reap(self, running: list[Process], wake: int) -> list[Process]:
+        """Wait for processes, but not for longer than the grace. Returns those that still run."""
+        end = time.monotonic() + GRACE
+        while True:
+            running = [process for process in running if process.ended() is None]
+            left = end - time.monotonic()
+            if not running or left <= 0:
+                return running
+            if select.select([wake], [], [], left)[0]:
+                os.read(wake, 64)
 
 
 def main() -> None:
-    """Run with the settings given as the only argument."""
-    Supervisor(sys.argv[1]).run()
+    """Run with the settings and the command that made them."""
+    try:
+        Supervisor(sys.argv[1], sys.argv[2:], ServiceManager(os.environ)).run()
+    except (InUse, MountFailure) as error:
+        sys.stderr.write(f"fusesnap: {error}\n")
+        raise SystemExit(error.status) from None
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import sys
 
 import click
 
+from fusesnap.cli.cancel import cancel
 from fusesnap.cli.completion import completion
 from fusesnap.cli.daemon import daemon
 from fusesnap.cli.exit_codes import exit_code, table
@@ -39,7 +40,7 @@ def cli() -> None:
     """
 
 
-for command in (daemon, mount, prefetch, status, completion):
+for command in (daemon, mount, prefetch, status, cancel, completion):
     cli.add_command(command)
 
 

@@ -1,19 +1,25 @@
-"""``fusesnap daemon``."""
+"""``fusesnap daemon`` and ``fusesnap daemon reload``."""
 
 from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
+import time
 from pathlib import Path
 
 import click
 
 from fusesnap.cli import options
-from fusesnap.errors import Unsupported
+from fusesnap.config import DEFAULT_ROOT
+from fusesnap.daemon_lock import DaemonState, running_daemon
+from fusesnap.errors import DeadlineExceeded, FusesnapError, Unavailable, Unsupported
+
+POLL_SECONDS = 0.05
 
 
-@click.command()
+@click.group(invoke_without_command=True)
 @click.option(
     "--root",
     type=click.Path(path_type=Path),
@@ -26,11 +32,25 @@ from fusesnap.errors import Unsupported
     metavar="SOCKET",
     help="Unix socket to serve. Default: ROOT/fusesnap.sock",
 )
+@click.option(
+    "--relay",
+    type=click.Choice(["auto", "always", "never"]),
+    help="Whether the supervisor stays between kernel and worker. Default: auto, where Linux is older than 6.9",
+)
+@click.option(
+    "--check",
+    is_flag=True,
+    help="Only check options and configuration, and print the supervisor's command as JSON.",
+)
 @options.fetching
+@click.pass_context
 def daemon(
+    context: click.Context,
     config: Path | None,
     root: Path | None,
     address: Path | None,
+    relay: str | None,
+    check: bool,
     substituters: tuple[str, ...],
     trusted_public_keys: tuple[str, ...],
     store_dir: str | None,
@@ -45,7 +65,11 @@ def daemon(
         address = "/var/lib/fusesnap/fusesnap.sock"
 
     and uses it where an image is pulled and run with --snapshotter fusesnap.
+
+    SIGHUP, or `fusesnap daemon reload`, replaces the running daemon by what is installed and configured now.
     """
+    if context.invoked_subcommand is not None:
+        return
     if os.geteuid() != 0:
         raise Unsupported(
             "the daemon mounts overlays for containerd and must run as root; `fusesnap mount` need not"
@@ -54,6 +78,7 @@ def daemon(
         config,
         root=str(root.absolute()) if root else None,
         address=str(address.absolute()) if address else None,
+        relay=relay,
         substituters=substituters,
         trusted_public_keys=trusted_public_keys,
         store_dir=store_dir,
@@ -62,4 +87,76 @@ def daemon(
     given |= {"address": str(settings.socket), "readahead": settings.readahead_kib * 1024}
     # The supervisor is a process of its own kind, without what was imported to get here. -P: the working directory is
     # no place to import from.
-    os.execv(sys.executable, [sys.executable, "-P", "-m", "fusesnap.supervisor", json.dumps(given)])  # noqa: S606
+    words = [sys.executable, "-P", "-m", "fusesnap.supervisor", json.dumps(given)]
+    if check:
+        from fusesnap.daemon.configured import check_caches  # noqa: PLC0415 - slow to import
+
+        check_caches(settings)
+        click.echo(json.dumps([*words, *own_command()]))
+        return
+    os.execv(sys.executable, [*words, *own_command()])  # noqa: S606
+
+
+def own_command() -> list[str]:
+    """How we were called, to be called again at a reload: behind the same name there may be a newer program then."""
+    program = Path(sys.argv[0]).absolute()
+    start = [sys.executable, "-P", "-m", "fusesnap.cli.app"]
+    if program.suffix != ".py" and os.access(program, os.X_OK):
+        start = [str(program)]
+    return [*start, *(word for word in sys.argv[1:] if word != "--check")]
+
+
+@daemon.command()
+@click.option(
+    "--root",
+    type=click.Path(path_type=Path),
+    default=DEFAULT_ROOT,
+    show_default=True,
+    metavar="DIR",
+    help="State directory of the daemon.",
+)
+@click.option(
+    "--timeout",
+    type=click.FloatRange(min=0, min_open=True),
+    default=120.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="How long to wait until the new daemon serves.",
+)
+def reload(root: Path, timeout: float) -> None:
+    """Replace the running daemon by what is installed and configured now, without letting go of a mount.
+
+    Readers do not notice. A configuration or a program that does not work is refused, and the running daemon goes on.
+    """
+    before = running(root)
+    if before.state == "reloading":
+        raise Unavailable(f"{root}: a reload of the daemon (pid {before.pid}) is under way already")
+    os.kill(before.pid, signal.SIGHUP)
+    end = time.monotonic() + timeout
+    while time.monotonic() < end:
+        now = running(root)
+        if now.pid != before.pid:
+            raise Unavailable(
+                f"{root}: the daemon (pid {before.pid}) ended; now it is pid {now.pid}"
+            )
+        if now.reloads > before.reloads and now.state == "serving":
+            click.echo(f"reloaded: the daemon (pid {now.pid}) serves")
+            return
+        if now.reloads > before.reloads and now.state == "failed":
+            raise ReloadRefused(f"reload refused: {now.reason}")
+        time.sleep(POLL_SECONDS)
+    raise DeadlineExceeded(
+        f"{root}: the new daemon (pid {before.pid}) does not serve after {timeout:g} s; see its log"
+    )
+
+
+class ReloadRefused(FusesnapError):
+    """The running daemon could not be replaced, and goes on."""
+
+
+def running(root: Path) -> DaemonState:
+    """The daemon of ``root``. Raises ``Unavailable`` where there is none."""
+    state = running_daemon(root)
+    if state is None:
+        raise Unavailable(f"{root}: no daemon runs there")
+    return state

@@ -12,7 +12,7 @@ import click
 
 from fusesnap.cli import options
 from fusesnap.errors import InvalidArgument, StorageFailure, Unsupported
-from fusesnap.supervisor import mount_points
+from fusesnap.fuse_mount import mount_points
 
 
 @click.command()

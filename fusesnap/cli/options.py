@@ -9,7 +9,14 @@ from typing import Any, TypeVar
 
 import click
 
-from fusesnap.config import DEFAULT_KEY, DEFAULT_ROOT, DEFAULT_SUBSTITUTER, Settings, load
+from fusesnap.config import (
+    DEFAULT_KEY,
+    DEFAULT_ROOT,
+    DEFAULT_SUBSTITUTER,
+    SOCKET_NAME,
+    Settings,
+    load,
+)
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -41,6 +48,14 @@ store_dir = click.option(
     metavar="DIR",
     default=None,
     help="Store directory that paths are named by. Default: /nix/store",
+)
+address = click.option(
+    "--address",
+    type=click.Path(path_type=Path),
+    default=DEFAULT_ROOT / SOCKET_NAME,
+    show_default=True,
+    metavar="SOCKET",
+    help="The daemon's socket.",
 )
 
 

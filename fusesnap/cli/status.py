@@ -3,59 +3,166 @@
 from __future__ import annotations
 
 import json
+import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 
-from fusesnap.config import DEFAULT_ROOT, SOCKET_NAME
+from fusesnap.cli import options
+
+# Seconds without a byte after which a transfer is shown as slow, and as stalled.
+SLOW, STALLED = 2.0, 10.0
+STEP = 1000  # from one unit to the next
+HEADINGS = ("waited", "reader", "asks", "for", "got", "rate", "idle", "path")
 
 
 @click.command()
 @click.option("--json", "as_json", is_flag=True, help="For scripts: one JSON object.")
 @click.option(
-    "--address",
-    type=click.Path(path_type=Path),
-    default=DEFAULT_ROOT / SOCKET_NAME,
-    show_default=True,
-    metavar="SOCKET",
-    help="The daemon's socket.",
+    "--watch",
+    type=click.FloatRange(min=0.1),
+    metavar="SECONDS",
+    help="Show it again every so many seconds, until Ctrl-C.",
 )
-def status(as_json: bool, address: Path) -> None:
-    """Show what the daemon has, what it fetches, and for whom."""
+@options.address
+def status(as_json: bool, watch: float | None, address: Path) -> None:
+    """Show what waits, what is fetched, and which containers depend on it.
+
+    \b
+    waiting   requests of programs that are blocked, the longest wait first: who
+              asks (or who last opened the file: "cat?"), for what it waits, what
+              has come of it, how fast, and for how long nothing came
+    on fuse   containers whose store paths are not all here yet: they need the
+              daemon to run; the others would not notice its end
+    errors    what readers were given instead of data
+    """
     from fusesnap.services.daemon_service import ask_status  # noqa: PLC0415 - grpc is slow to import
 
-    answer = ask_status(address)
-    click.echo(json.dumps(answer, indent=2) if as_json else "\n".join(lines(answer)))
+    while True:
+        answer = ask_status(address)
+        if watch is not None:
+            click.clear()
+        click.echo(json.dumps(answer, indent=2) if as_json else "\n".join(lines(answer)))
+        if watch is None:
+            return
+        time.sleep(watch)
 
 
 def lines(answer: dict[str, Any]) -> list[str]:
     """The status as a person reads it."""
     paths = answer["paths"]
-    shown = [
+    return [
         f"state      {answer['state']}",
-        f"serving    {answer['address']}",
-        f"fuse       {answer['fuse_mount']} (worker pid {answer['worker']['pid']})",
+        f"serving    {answer['address']} (services pid {answer['services']['pid']})",
+        f"fuse       {answer['fuse_mount']} ({worker(answer['worker'])})",
         f"paths      {paths['valid']} valid, {paths['committed']} committed, {paths['missing']} missing",
+        *section("cache", [cache(each) for each in answer["caches"]]),
+        *section("on fuse", [[key] for key in answer["depend_on_fuse"]]),
+        *section("fetching", [fetching(each) for each in answer["fetching"]]),
+        *section("errors", [error(each) for each in answer["errors"]]),
+        *waiting(answer),
     ]
-    for cache in answer["caches"]:
-        state = f"last error: {cache['last_error']}" if cache["last_error"] else "ok"
-        shown.append(
-            f"cache      {cache['url']}  {cache['narinfos']} narinfos, {size(cache['bytes'])}  {state}"
-        )
-    for flight in answer["fetching"]:
-        readers = (
-            ", ".join(f"{r['command']} ({r['pid']})" for r in flight["probable_readers"])
-            or "nobody yet"
-        )
-        shown.append(
-            f"fetching   {flight['path']}  {size(flight['received'])} of {size(flight['expected'])} "
-            f"in {flight['seconds']:.1f} s, for {readers}"
-        )
-    return shown
 
 
-STEP = 1000  # from one unit to the next
+def worker(answer: dict[str, Any]) -> str:
+    """How the worker is."""
+    if answer["pid"] is not None:
+        return f"worker pid {answer['pid']}"
+    return click.style(f"no worker answers: {answer['error']}", fg="red")
+
+
+def cache(each: dict[str, Any]) -> list[str]:
+    """A line about a substituter."""
+    last = each["last_error"]
+    state = click.style(f"last error: {last}", fg="yellow") if last else "ok"
+    return [each["url"], f"{each['narinfos']} narinfos", size(each["bytes"]), state]
+
+
+def fetching(each: dict[str, Any]) -> list[str]:
+    """A line about a transfer."""
+    count = each["waiting"]
+    return [
+        got(each),
+        rate(each),
+        idle(each),
+        f"in {each['seconds']:.1f} s",
+        f"{count} waiting" if count else "",
+        each["path"],
+    ]
+
+
+def error(each: dict[str, Any]) -> list[str]:
+    """A line about a kind of errors."""
+    return [str(each["count"]), each["kind"], each["cache"] or "-", f"last: {each['last']}"]
+
+
+def waiting(answer: dict[str, Any]) -> list[str]:
+    """A table of the requests that wait."""
+    waits = sorted(answer["waiting"], key=lambda each: -float(each["seconds"]))
+    if not waits:
+        return ["waiting    nobody"]
+    rows = [[click.style(word.upper(), dim=True) for word in HEADINGS], *map(waiting_row, waits)]
+    patience = f"an error after {answer['stall_timeout']:g} s without progress"
+    return [f"waiting    {len(waits)}, {patience}", *("  " + line for line in table(rows))]
+
+
+def waiting_row(each: dict[str, Any]) -> list[str]:
+    """A request that waits."""
+    doubt = "" if each["asked"] else "?"
+    readers = ", ".join(f"{r['command']}{doubt} ({r['pid']})" for r in each["probable_readers"])
+    inside = f" in {', '.join(each['snapshots'])}" if each["snapshots"] else ""
+    return [
+        click.style(f"{each['seconds']:.1f} s", bold=True),
+        (readers or "unknown") + inside,
+        each["operation"],
+        each["for"],
+        got(each),
+        rate(each),
+        idle(each),
+        "/".join(filter(None, (each["path"], each["file"]))),
+    ]
+
+
+def got(each: dict[str, Any]) -> str:
+    """How much of a transfer is here."""
+    if each["for"] != "transfer":
+        return each["for"] if "operation" not in each else "-"
+    return f"{size(each['received'])} of {size(each['expected'])}"
+
+
+def rate(each: dict[str, Any]) -> str:
+    """How fast a transfer is."""
+    return f"{size(round(each['rate']))}/s" if each["for"] == "transfer" else "-"
+
+
+def idle(each: dict[str, Any]) -> str:
+    """For how long nothing came."""
+    seconds = each["idle"]
+    shown = f"{seconds:.1f} s"
+    if seconds < SLOW:
+        return shown
+    return click.style(shown, fg="red" if seconds >= STALLED else "yellow")
+
+
+def section(title: str, rows: Sequence[Sequence[str]]) -> list[str]:
+    """Aligned rows with a title in front of the first."""
+    return [f"{title if number == 0 else '':<11}{line}" for number, line in enumerate(table(rows))]
+
+
+def table(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Rows with their columns aligned; escape sequences take no room."""
+    widths = [
+        max(len(click.unstyle(cell)) for cell in column) for column in zip(*rows, strict=True)
+    ]
+    return [
+        "  ".join(
+            cell + " " * (width - len(click.unstyle(cell)))
+            for cell, width in zip(row, widths, strict=True)
+        ).rstrip()
+        for row in rows
+    ]
 
 
 def size(count: int | None) -> str:

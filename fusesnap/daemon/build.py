@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import logging
 import sys
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
-from pathlib import Path
 
 import httpx
 import trio
 
 from fusesnap.config import Settings
+from fusesnap.daemon.readers import identify
 from fusesnap.errors import FusesnapError, StorageFailure
-from fusesnap.fetch.flight import Reader
 from fusesnap.fetch.loader import Loader
 from fusesnap.fetch.realiser import Limits, Realiser
+from fusesnap.fetch.unpack_processes import UnpackProcesses
+from fusesnap.fetch.unpacking import ThreadUnpackers
 from fusesnap.nix.signature import PublicKey, TrustedKeys
 from fusesnap.nix.store_path import StoreDir
 from fusesnap.store.local_store import LocalStore
@@ -40,26 +40,9 @@ class Node:
     store_dir: StoreDir
     store: LocalStore
     pool: SubstituterPool
+    unpackers: UnpackProcesses
     realiser: Realiser
     loader: Loader
-
-
-def identify(pid: int) -> Reader:
-    """The process ``pid`` as the kernel names it; a process that is gone has no name."""
-    try:
-        command = Path(f"/proc/{pid}/comm").read_text(encoding="utf-8", errors="replace").strip()
-    except OSError:
-        command = "?"
-    return Reader(pid, command)
-
-
-def log_to_stderr(level: int = logging.INFO) -> None:
-    """One line an event, for the journal or a terminal."""
-    logging.basicConfig(
-        stream=sys.stderr, level=level, format="fusesnap %(name)s: %(message)s", force=True
-    )
-    for noisy in ("httpx", "httpcore", "hpack", "h2"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
 
 
 @contextmanager
@@ -141,6 +124,12 @@ async def open_pool(
     )
 
 
+def unpack_command(settings: Settings) -> list[str]:
+    """How a process that unpacks is started; the descriptor of its stream is appended."""
+    module = "fusesnap.daemon.unpack_worker"
+    return [sys.executable, "-P", "-m", module, str(settings.root), settings.store_dir]
+
+
 @asynccontextmanager
 async def open_node(settings: Settings) -> AsyncIterator[Node]:
     """The objects of one state directory, with everything closed and every transfer ended when the block is left."""
@@ -153,9 +142,12 @@ async def open_node(settings: Settings) -> AsyncIterator[Node]:
         limits = Limits(
             settings.fetch.transfers, settings.fetch.lookups, settings.fetch.stall_timeout
         )
-        realiser = Realiser(store, pool, nursery, limits, identify)
+        unpackers = UnpackProcesses(
+            unpack_command(settings), settings.fetch.unpackers, nursery, ThreadUnpackers(store)
+        )
+        realiser = Realiser(store, pool, unpackers, nursery, limits, identify)
         loader = Loader(store, store_dir, realiser, nursery)
         try:
-            yield Node(settings, store_dir, store, pool, realiser, loader)
+            yield Node(settings, store_dir, store, pool, unpackers, realiser, loader)
         finally:
             nursery.cancel_scope.cancel()

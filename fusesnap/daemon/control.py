@@ -42,23 +42,28 @@ async def serve(
                 await stream.send_all(await _answer(calls, await _receive_line(stream)))
         except (trio.TooSlowError, trio.BrokenResourceError, FusesnapError) as error:
             log.warning("control socket: %r", error)
+        except Exception:  # a question must not end the process that serves the mount
+            log.exception("control socket: a question failed in a way that it should not")
         finally:
             await trio.aclose_forcefully(stream)
 
     await trio.serve_listeners(handle, [trio.SocketListener(listener)])
 
 
-async def ask(path: Path, call: str, **arguments: Any) -> dict[str, Any]:
-    """The answer of whoever serves ``path`` to ``call``. Raises ``Unavailable``, ``DeadlineExceeded``."""
+async def ask(
+    path: Path, call: str, /, *, within: float = ANSWER_WITHIN, **arguments: Any
+) -> dict[str, Any]:
+    """The answer of whoever serves ``path`` to ``call``, if it comes ``within`` so many seconds.
+
+    Raises ``Unavailable``, ``DeadlineExceeded``.
+    """
     try:
-        with trio.fail_after(ANSWER_WITHIN):
+        with trio.fail_after(within):
             async with await trio.open_unix_socket(path) as stream:
                 await stream.send_all(json.dumps({"call": call, **arguments}).encode() + b"\n")
                 answer = await _receive_line(stream)
     except trio.TooSlowError as error:
-        raise DeadlineExceeded(
-            f"{path}: no answer to {call!r} within {ANSWER_WITHIN:g} s"
-        ) from error
+        raise DeadlineExceeded(f"{path}: no answer to {call!r} within {within:g} s") from error
     except (OSError, trio.BrokenResourceError) as error:
         raise Unavailable(
             f"{path}: no worker answers there ({error}): is the daemon running?"
@@ -77,6 +82,9 @@ async def _answer(calls: Mapping[str, Answer], question: Mapping[str, Any]) -> b
             answer = await calls[call](question)
         except FusesnapError as error:
             answer = {"error": str(error)}
+        except Exception as error:
+            log.exception("control socket: %r failed in a way that it should not", call)
+            answer = {"error": f"unexpected {type(error).__name__}: {error}"}
     return json.dumps(answer).encode() + b"\n"
 
 

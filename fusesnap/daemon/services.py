@@ -13,19 +13,20 @@ import signal
 import sys
 import time
 from functools import partial
-from pathlib import Path
-from typing import Any
 
 import trio
 
 from fusesnap.config import Settings, check
 from fusesnap.daemon import control
-from fusesnap.daemon.build import Node, log_to_stderr, open_node, plain_errors
+from fusesnap.daemon.build import Node, open_node, plain_errors
 from fusesnap.daemon.lazy_layer import WorkerMount
+from fusesnap.daemon.logs import log_to_stderr
 from fusesnap.daemon.path_source import HintingPathSource
 from fusesnap.daemon.signals import stop_on_signal
+from fusesnap.daemon.turn import wait_for_turn
+from fusesnap.daemon.waits import WorkersWaits, cancel, status
 from fusesnap.filesystem.views import Views
-from fusesnap.services.daemon_service import status_service
+from fusesnap.services.daemon_service import daemon_service
 from fusesnap.services.server import serve
 from fusesnap.snapshots.farms import Farms
 from fusesnap.snapshots.metastore import Metastore
@@ -40,23 +41,20 @@ async def run(settings: Settings, ready: int) -> None:
     with plain_errors():
         async with open_node(settings) as node, trio.open_nursery() as nursery:
             nursery.start_soon(stop_on_signal, nursery.cancel_scope)
-            snapshotter = build_snapshotter(node, nursery)
+            waits = WorkersWaits(settings.root / control.SOCKET_NAME)
+            snapshotter = build_snapshotter(node, nursery, waits)
             await snapshotter.recover()
-            status = status_service(partial(ask_worker, settings.root))
-            await nursery.start(
-                partial(serve, snapshotter, settings.socket.absolute(), also=[status])
-            )
+            calls = {
+                "Status": partial(status, node, snapshotter, waits),
+                "Cancel": partial(cancel, node, snapshotter, waits),
+            }
+            also = [daemon_service(calls)]
+            await nursery.start(partial(serve, snapshotter, settings.socket.absolute(), also=also))
             os.write(ready, b"ready\n")
             os.close(ready)
 
 
-async def ask_worker(root: Path) -> dict[str, Any]:
-    """The worker's status, with what only we know."""
-    answer = await control.ask(root / control.SOCKET_NAME, "status")
-    return {**answer, "services": {"pid": os.getpid()}, "supervisor": {"pid": os.getppid()}}
-
-
-def build_snapshotter(node: Node, nursery: trio.Nursery) -> Snapshotter:
+def build_snapshotter(node: Node, nursery: trio.Nursery, waits: WorkersWaits) -> Snapshotter:
     """The snapshotter of a node; its hints to the worker live in ``nursery``."""
     root = node.settings.root.resolve()
     source = HintingPathSource(node.realiser, node.store_dir, root / control.SOCKET_NAME, nursery)
@@ -71,6 +69,7 @@ def build_snapshotter(node: Node, nursery: trio.Nursery) -> Snapshotter:
         options=OverlayOptions.of_kernel(),
         recognise_by_content=node.settings.recognise_by_content,
         clock=time.time,
+        release_readers=waits.release_for_removal,
     )
 
 
@@ -84,6 +83,7 @@ def main() -> None:
     given, ready = sys.argv[1:]
     die_with_parent()
     log_to_stderr()
+    wait_for_turn(int(ready))
     values = json.loads(given)
     values.pop("readahead")
     trio.run(run, check(values, "fusesnap daemon"), int(ready))

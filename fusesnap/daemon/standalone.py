@@ -15,9 +15,11 @@ import trio
 from fusesnap.config import Settings
 from fusesnap.daemon.build import Node, open_node, plain_errors
 from fusesnap.daemon.path_source import LocalPathSource
+from fusesnap.daemon.readers import identify, is_dying
 from fusesnap.daemon.signals import stop_on_signal
 from fusesnap.errors import Unsupported
 from fusesnap.fetch.flight import FlightState
+from fusesnap.filesystem.error_counts import ErrorCounts
 from fusesnap.filesystem.image_nodes import ImageNodes
 from fusesnap.filesystem.inode import InodeKind
 from fusesnap.filesystem.nodes import Nodes
@@ -25,6 +27,8 @@ from fusesnap.filesystem.open_files import OpenFiles
 from fusesnap.filesystem.operations import Operations
 from fusesnap.filesystem.session import mounted
 from fusesnap.filesystem.store_nodes import StoreNodes
+from fusesnap.filesystem.waiting import WaitingRequests
+from fusesnap.fuse_mount import mount_points
 from fusesnap.images.digest import Digest
 from fusesnap.images.layer import LayerTar
 from fusesnap.images.layer_cache import LayerCache
@@ -36,7 +40,6 @@ from fusesnap.images.rootfs import RootFs
 from fusesnap.images.source import parse_source
 from fusesnap.nix.store_path import StorePath
 from fusesnap.snapshots.nix_layer import NixLayers
-from fusesnap.supervisor import mount_points
 
 # How often the line on a terminal is drawn anew, in seconds.
 TICK = 0.2
@@ -60,7 +63,9 @@ async def mount_source(
         async with open_node(settings) as node, trio.open_nursery() as nursery:
             nursery.start_soon(stop_on_signal, nursery.cancel_scope)
             rootfs = await open_source(node, source)
-            with rootfs, serving(node, rootfs, mountpoint):
+            waiting = WaitingRequests(identify, ErrorCounts())
+            nursery.start_soon(waiting.release_killed, is_dying)
+            with rootfs, serving(node, rootfs, mountpoint, waiting):
                 ready()
                 nursery.start_soon(draw, node, watch)
                 await pyfuse3.main(max_tasks=MAX_TASKS)
@@ -71,10 +76,12 @@ async def mount_source(
 
 
 @contextmanager
-def serving(node: Node, rootfs: RootFs, mountpoint: Path) -> Iterator[None]:
+def serving(
+    node: Node, rootfs: RootFs, mountpoint: Path, waiting: WaitingRequests
+) -> Iterator[None]:
     """The mount, with what answers it."""
     open_files = OpenFiles()
-    store_nodes = StoreNodes(node.store, node.realiser, open_files, node.loader.opened)
+    store_nodes = StoreNodes(node.store, node.realiser, open_files, waiting, node.loader.opened)
     image_nodes = ImageNodes(rootfs, shown_paths(rootfs), store_nodes)
     parts: dict[InodeKind, Nodes] = {
         InodeKind.FIXED: image_nodes,

@@ -3,26 +3,69 @@
 from __future__ import annotations
 
 import os
+from dataclasses import asdict
 from typing import Any
 
 from fusesnap.daemon.build import Node
 from fusesnap.fetch.flight import FlightState
+from fusesnap.filesystem.waiting import WaitingState
 from fusesnap.substituter.watched import CacheState
 
+# What a worker that cannot be asked may have had.
+NOTHING_KNOWN: dict[str, Any] = {"fetching": [], "waiting": [], "errors": []}
 
-def worker_status(node: Node) -> dict[str, Any]:
-    """This moment of the worker, as JSON values. Sizes in bytes, times in seconds."""
+
+def node_status(node: Node) -> dict[str, Any]:
+    """What every process of ours knows of a node, as JSON values."""
     counts = node.store.counts()
     return {
         "state": str(node.settings.root),
         "store_dir": node.store_dir.path,
         "address": str(node.settings.socket),
         "fuse_mount": str(node.settings.root / "lazy"),
-        "worker": {"pid": os.getpid()},
+        "stall_timeout": node.settings.fetch.stall_timeout,
         "paths": {"committed": counts.committed, "valid": counts.valid, "missing": counts.pinned},
         "caches": [cache(state) for state in node.pool.states()],
+    }
+
+
+def worker_status(node: Node) -> dict[str, Any]:
+    """This moment of the worker, as JSON values. Sizes in bytes, times in seconds."""
+    return {
+        **node_status(node),
+        "worker": {"pid": os.getpid()},
         "fetching": [flight(node, state) for state in node.realiser.flights()],
     }
+
+
+def status_of_wait(node: Node, state: WaitingState) -> dict[str, Any]:
+    """One request that waits: who, since when, for what, and how long it may go on without progress."""
+    question, transfer = state.question, state.flight
+    stall = node.settings.fetch.stall_timeout
+    return {
+        "operation": question.operation,
+        "path": node.store_dir.format(question.path),
+        "file": os.fsdecode(question.file),
+        "probable_readers": [asdict(reader) for reader in state.readers],
+        "asked": state.asked,
+        "seconds": round(state.seconds, 3),
+        "for": waits_for(transfer),
+        "cache": transfer.cache if transfer else None,
+        "received": transfer.received if transfer else 0,
+        "expected": transfer.expected if transfer else None,
+        "rate": round(transfer.rate, 1) if transfer else 0.0,
+        "idle": round(transfer.idle, 3) if transfer else 0.0,
+        "gives_up_in": round(max(0.0, stall - transfer.idle), 3) if transfer else None,
+    }
+
+
+def waits_for(transfer: FlightState | None) -> str:
+    """What a request waits for, in a word."""
+    if transfer is None:
+        return "disk"
+    if transfer.queued:
+        return "turn"
+    return "narinfo" if transfer.cache is None else "transfer"
 
 
 def cache(state: CacheState) -> dict[str, Any]:
@@ -46,7 +89,8 @@ def flight(node: Node, state: FlightState) -> dict[str, Any]:
         "expected": state.expected,
         "seconds": round(state.seconds, 3),
         "waiting": state.waiting,
-        "probable_readers": [
-            {"pid": reader.pid, "command": reader.command} for reader in state.readers
-        ],
+        "for": waits_for(state),
+        "rate": round(state.rate, 1),
+        "idle": round(state.idle, 3),
+        "probable_readers": [asdict(reader) for reader in state.readers],
     }

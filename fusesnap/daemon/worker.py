@@ -1,7 +1,8 @@
 """The worker process: serves the mount that the supervisor holds, and fetches.
 
 Started as ``python -m fusesnap.daemon.worker SETTINGS FUSE INIT READY``: the settings as JSON, the descriptor of the
-FUSE connection, the kernel's FUSE_INIT request in hexadecimal, and the descriptor on which to say that we serve.
+FUSE connection (or "relay:" and that of the supervisor's relay), the kernel's FUSE_INIT request in hexadecimal, and the
+line to the supervisor (see ``turn``).
 """
 
 from __future__ import annotations
@@ -9,8 +10,9 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Mapping
-from functools import partial
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, suppress
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import pyfuse3
@@ -18,73 +20,149 @@ import trio
 
 from fusesnap.config import Settings, check
 from fusesnap.daemon import control
-from fusesnap.daemon.build import Node, log_to_stderr, open_node, plain_errors
+from fusesnap.daemon.build import Node, open_node, plain_errors
+from fusesnap.daemon.logs import log_to_stderr
+from fusesnap.daemon.readers import identify, is_dying, is_thread_of
 from fusesnap.daemon.signals import stop_on_signal
-from fusesnap.daemon.status import worker_status
+from fusesnap.daemon.status import status_of_wait, worker_status
+from fusesnap.daemon.turn import BEAT, READY, wait_for_turn
+from fusesnap.filesystem.error_counts import ErrorCounts
 from fusesnap.filesystem.inode import InodeKind
 from fusesnap.filesystem.layer_nodes import LayerNodes
 from fusesnap.filesystem.nodes import Nodes
 from fusesnap.filesystem.open_files import OpenFiles
 from fusesnap.filesystem.operations import Operations
-from fusesnap.filesystem.session import joined
+from fusesnap.filesystem.session import answer_requests, joined, session
 from fusesnap.filesystem.store_nodes import StoreNodes
 from fusesnap.filesystem.views import Views
+from fusesnap.filesystem.waiting import Request, WaitingRequests
 
+# Seconds between two signs of life for the supervisor's watchdog.
+BEAT_EVERY = 1.0
+# Seconds that requests have to be answered in, when we are told to stop.
+DRAIN = 5.0
 # Each blocked reader occupies a task of a few KiB; more than this do not block at once on a node.
 MAX_TASKS = 4096
 
 
-async def serve(settings: Settings, fuse: int, init_request: bytes, ready: int) -> None:
+@dataclass(frozen=True, slots=True)
+class Worker:
+    """What a worker serves with."""
+
+    node: Node
+    operations: Operations
+    waiting: WaitingRequests
+    send_again: Callable[[], object]
+
+
+async def serve(settings: Settings, fuse: str, init_request: bytes, ready: int) -> None:
     """Serve until SIGTERM or until the mount is gone."""
     with plain_errors():
         async with open_node(settings) as node:
+            node.unpackers.start()  # so that the first reader does not wait for a process too
             open_files = OpenFiles()
             views = Views(settings.root / "views.sqlite")
-            store_nodes = StoreNodes(node.store, node.realiser, open_files, node.loader.opened)
+            waiting = WaitingRequests(identify, ErrorCounts())
+            store_nodes = StoreNodes(
+                node.store, node.realiser, open_files, waiting, node.loader.opened
+            )
             parts: dict[InodeKind, Nodes] = {
                 InodeKind.FIXED: LayerNodes(store_nodes, views),
                 InodeKind.STORE: store_nodes,
                 InodeKind.CLAIMED: store_nodes,
             }
-            with joined(fuse, init_request, partial(Operations, parts, node.store.layer)):
-                await answer(node, ready)
+            operations = Operations(parts, node.store.layer)
+            with connected(fuse, init_request, operations) as send_again:
+                await answer(Worker(node, operations, waiting, send_again), ready)
             open_files.close()
             views.close()
 
 
-async def answer(node: Node, ready: int) -> None:
+def connected(
+    fuse: str, init_request: bytes, operations: Operations
+) -> AbstractContextManager[Callable[[], object]]:
+    """The session over what the supervisor gave us: the FUSE connection, or its relay."""
+    kind, _, descriptor = fuse.rpartition(":")
+    if kind == "relay":
+        return session(int(descriptor), operations)
+    return joined(int(descriptor), init_request, operations)
+
+
+async def answer(worker: Worker, ready: int) -> None:
     """Answer the kernel and the control socket."""
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(stop_on_signal, nursery.cancel_scope)
-        await nursery.start(control.serve, node.settings.root / control.SOCKET_NAME, calls(node))
-        os.write(ready, b"ready\n")
-        os.close(ready)
-        await pyfuse3.main(max_tasks=MAX_TASKS)
+        nursery.start_soon(stop_gently, worker, nursery.cancel_scope)
+        nursery.start_soon(worker.waiting.release_killed, is_dying)
+        address = worker.node.settings.root / control.SOCKET_NAME
+        await nursery.start(control.serve, address, calls(worker))
+        nursery.start_soon(say_alive, ready)
+        await answer_requests(MAX_TASKS, worker.send_again)
         nursery.cancel_scope.cancel()
 
 
-def calls(node: Node) -> Mapping[str, control.Answer]:
+async def say_alive(line: int) -> None:
+    """Tell the supervisor that we serve, and go on telling it that this loop runs."""
+    os.set_blocking(line, False)  # a supervisor that is stopped must not stop us
+    word = READY
+    while True:
+        with suppress(BlockingIOError, BrokenPipeError, ConnectionResetError):
+            os.write(line, word)
+        word = BEAT
+        await trio.sleep(BEAT_EVERY)
+
+
+async def stop_gently(worker: Worker, scope: trio.CancelScope) -> None:
+    """At SIGTERM take no more requests, answer those that can be answered at once, and end.
+
+    Those that wait for a transfer are left to the next worker: it is sent them again.
+    """
+    async with trio.open_nursery() as nursery:
+        await stop_on_signal(nursery.cancel_scope)
+    pyfuse3.terminate()
+    with trio.move_on_after(DRAIN):
+        while worker.operations.under_way > len(worker.waiting):  # noqa: ASYNC110 - an event for
+            await trio.sleep(0.01)  # this would cost every request, for the sake of the last ones
+    scope.cancel()
+
+
+def calls(worker: Worker) -> Mapping[str, control.Answer]:
     """What the control socket answers."""
+    node, waiting = worker.node, worker.waiting
 
     async def status(question: Mapping[str, Any]) -> dict[str, Any]:
-        return worker_status(node)
+        return {
+            **worker_status(node),
+            "waiting": [status_of_wait(node, state) for state in waiting.states()],
+            "errors": [asdict(count) for count in waiting.errors.all()],
+        }
 
     async def fetch(question: Mapping[str, Any]) -> dict[str, Any]:
         node.realiser.request([node.store_dir.parse(path) for path in question.get("paths", [])])
         return {}
 
-    return {"status": status, "fetch": fetch}
+    async def release(question: Mapping[str, Any]) -> dict[str, Any]:
+        """End the waits for ``path``, or of the processes ``pids``; ``why`` is for the log."""
+        path = node.store_dir.parse(question["path"]) if "path" in question else None
+        pids = [int(pid) for pid in question.get("pids", [])]
+
+        def matches(request: Request) -> bool:
+            return request.question.path == path or any(
+                is_thread_of(reader.pid, pid) for reader in request.readers for pid in pids
+            )
+
+        return {"released": waiting.release(matches, str(question["why"]))}
+
+    return {"status": status, "fetch": fetch, "release": release}
 
 
 def main() -> None:
     """Run."""
     given, fuse, init_request, ready = sys.argv[1:]
     log_to_stderr()
+    wait_for_turn(int(ready))
     values = json.loads(given)
     values.pop("readahead")
-    trio.run(
-        serve, check(values, "fusesnap daemon"), int(fuse), bytes.fromhex(init_request), int(ready)
-    )
+    trio.run(serve, check(values, "fusesnap daemon"), fuse, bytes.fromhex(init_request), int(ready))
 
 
 if __name__ == "__main__":

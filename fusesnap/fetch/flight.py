@@ -24,7 +24,8 @@ class FlightState:
     """What a person sees of a path being fetched. Sizes in bytes, ``seconds`` since the fetch began.
 
     ``expected`` is the size of the compressed NAR where a narinfo told it. ``waiting`` counts those blocked on the
-    path now; ``readers`` are the last processes that asked.
+    path now; ``readers`` are the last processes that asked. ``queued``: it has not begun, because others are before
+    it. ``idle``: seconds since something last came; ``rate``: bytes a second, of late.
     """
 
     path: StorePath
@@ -34,37 +35,64 @@ class FlightState:
     seconds: float
     waiting: int
     readers: tuple[Reader, ...]
+    queued: bool
+    idle: float
+    rate: float
+
+
+class Progress:
+    """When anything last came, for all flights together: who queues behind others goes on as they do."""
+
+    def __init__(self) -> None:
+        self.at = trio.current_time()
 
 
 class Flight:
     """The fetch of one path, with its waiters.
 
     A waiter's clock counts time *without progress*, not time: a large NAR over a slow link may take an hour, and its
-    reader is served, as long as bytes keep coming.
+    reader is served, as long as bytes keep coming. Before a flight's turn what ``everybody`` gets counts as progress.
     """
 
     READERS_KEPT = 8  # a whole thread pool may block on one path: enough to see who it is
 
-    def __init__(self, path: StorePath) -> None:
+    RATE_OVER = 5.0  # seconds that a rate is measured over, at least
+
+    def __init__(self, path: StorePath, everybody: Progress | None = None) -> None:
         self.path = path
         self.cache: str | None = None
+        self._everybody = everybody or Progress()
+        self._queued = everybody is not None
         self._received = 0
         self._expected: int | None = None
-        self._began = self._progressed = trio.current_time()
+        self._began = self._own_progress = trio.current_time()
+        self._marks = ((self._began, 0), (self._began, 0))  # (time, bytes) of two earlier moments
         self._landed = trio.Event()
         self._outcome: Tree | Exception | None = None
         self._waiting = 0
         self._readers: dict[Reader, None] = {}
 
+    @property
+    def _progressed(self) -> float:
+        return max(self._own_progress, self._everybody.at) if self._queued else self._own_progress
+
+    def board(self) -> None:
+        """It is this path's turn."""
+        self._queued = False
+        self._own_progress = trio.current_time()
+
     def begin(self, cache: str, expected: int | None) -> None:
         """An offer was chosen: bytes come from ``cache``, ``expected`` of them where that is known."""
-        self.cache, self._expected, self._received = cache, expected, 0
-        self._progressed = trio.current_time()
+        self.cache, self._expected, self._received, self._queued = cache, expected, 0, False
+        self._own_progress = now = trio.current_time()
+        self._marks = ((now, 0), (now, 0))
 
     def progress(self, count: int) -> None:
         """``count`` more bytes of the compressed NAR are here."""
         self._received += count
-        self._progressed = trio.current_time()
+        self._own_progress = self._everybody.at = now = trio.current_time()
+        if now - self._marks[1][0] >= self.RATE_OVER:
+            self._marks = (self._marks[1], (now, self._received))
 
     def land(self, outcome: Tree | Exception) -> None:
         """The path is committed and this is its tree, or it cannot be had and this is why."""
@@ -119,4 +147,12 @@ class Flight:
             seconds=trio.current_time() - self._began,
             waiting=self._waiting,
             readers=tuple(self._readers),
+            queued=self._queued,
+            idle=trio.current_time() - self._progressed,
+            rate=self._rate(),
         )
+
+    def _rate(self) -> float:
+        since, already = self._marks[0]
+        seconds = trio.current_time() - since
+        return (self._received - already) / seconds if seconds > 0 else 0.0

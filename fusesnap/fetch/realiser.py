@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Sequence
-from contextlib import aclosing, asynccontextmanager
+from contextlib import aclosing
 from dataclasses import dataclass
 
 import trio
@@ -17,13 +17,12 @@ from fusesnap.errors import (
     Unavailable,
     UntrustedPath,
 )
-from fusesnap.fetch.flight import Flight, FlightState, Reader
+from fusesnap.fetch.flight import Flight, FlightState, Progress, Reader
 from fusesnap.fetch.trees import Trees
-from fusesnap.fetch.unpack import Unpacker
+from fusesnap.fetch.unpacking import UnpackerDied, Unpackers
 from fusesnap.nix.store_path import StorePath
 from fusesnap.nix.tree import Tree
 from fusesnap.store.local_store import LocalStore, Pin
-from fusesnap.store.staging import StagedPath
 from fusesnap.store.tree_reader import scan_tree
 from fusesnap.substituter.pool import Offer, SubstituterPool
 
@@ -31,6 +30,8 @@ log = logging.getLogger(__name__)
 
 # A thread hop costs some 50 us: what arrives is gathered until it is worth one.
 GATHER = 256 * 1024
+# An unpack process may be killed, by the kernel too when memory is short; a NAR that kills each one is given up.
+UNPACK_ATTEMPTS = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,12 +54,14 @@ class Realiser:
         self,
         store: LocalStore,
         pool: SubstituterPool,
+        unpackers: Unpackers,
         nursery: trio.Nursery,
         limits: Limits,
         identify: Callable[[int], Reader],
     ) -> None:
         self._store = store
         self._pool = pool
+        self._unpackers = unpackers
         self._nursery = nursery
         self._limits = limits
         self._identify = identify
@@ -66,6 +69,7 @@ class Realiser:
         # Half of the transfers are left to readers, who wait.
         self._room = trio.Semaphore(max(1, limits.transfers // 2))
         self._flights: dict[StorePath, Flight] = {}
+        self._progress = Progress()
         self._trees = Trees()
 
     # ---------------------------------------------------------------- asking
@@ -119,17 +123,25 @@ class Realiser:
 
     # -------------------------------------------------------------- fetching
 
-    async def realise(self, path: StorePath, pid: int | None = None) -> Tree:
+    async def realise(
+        self,
+        path: StorePath,
+        pid: int | None = None,
+        watch: Callable[[Flight], None] = lambda _: None,
+    ) -> Tree:
         """The tree of ``path``, which is committed when this returns.
 
-        Any number of callers share one transfer. Raises the reason why it cannot be had (``PathNotFound``,
-        ``Unavailable``, ``UntrustedPath``, ``InvalidData``, ``StorageFailure``), or ``DeadlineExceeded``.
+        Any number of callers share one transfer, which ``watch`` is told if it is waited for. Raises the reason why
+        the path cannot be had (``PathNotFound``, ``Unavailable``, ``UntrustedPath``, ``InvalidData``,
+        ``StorageFailure``), or ``DeadlineExceeded``.
         """
         tree = await self._committed_tree(path)
         if tree is not None:
             return tree
         reader = self._identify(pid) if pid is not None else None
-        return await self._flight(path).wait(self._limits.stall, reader)
+        flight = self._flight(path)
+        watch(flight)
+        return await flight.wait(self._limits.stall, reader)
 
     def request(self, paths: Sequence[StorePath]) -> None:
         """Start fetching what is missing of ``paths``, smallest first, without waiting."""
@@ -190,7 +202,7 @@ class Realiser:
     def _flight(self, path: StorePath) -> Flight:
         flight = self._flights.get(path)
         if flight is None:
-            flight = self._flights[path] = Flight(path)
+            flight = self._flights[path] = Flight(path, self._progress)
             self._nursery.start_soon(self._fly, flight, name=f"fetch {path}")
         return flight
 
@@ -200,6 +212,7 @@ class Realiser:
         )
         try:
             async with self._transfers:
+                flight.board()
                 outcome = await self._fetch(flight)
         except Exception as error:
             log.warning(
@@ -261,27 +274,24 @@ class Realiser:
         return await trio.to_thread.run_sync(self._store.pin, info)
 
     async def _transfer(self, flight: Flight, offer: Offer, pin: Pin) -> Tree:
-        flight.begin(offer.substituter.url, offer.narinfo.file_size)
-        async with self._staging(pin) as staged:
-            unpacker = Unpacker(offer.narinfo, staged)
-            async with (
-                offer.substituter.nar(offer.narinfo) as stream,
-                aclosing(gather(stream, flight)) as pieces,
-            ):
-                async for piece in pieces:
-                    await trio.to_thread.run_sync(unpacker.feed, piece)
-            tree = await trio.to_thread.run_sync(unpacker.finish)
-            await trio.to_thread.run_sync(staged.commit)
-        return tree
+        for _ in range(UNPACK_ATTEMPTS - 1):
+            try:
+                return await self._transfer_once(flight, offer, pin)
+            except UnpackerDied as error:
+                log.warning("%s: %s; from its start again", flight.path, error)
+        return await self._transfer_once(flight, offer, pin)
 
-    @asynccontextmanager
-    async def _staging(self, pin: Pin) -> AsyncIterator[StagedPath]:
-        staged = await trio.to_thread.run_sync(self._store.stage, pin)
-        try:
-            yield staged
-        finally:
-            with trio.CancelScope(shield=True):  # a few unlinks of local files: short, and owed
-                await trio.to_thread.run_sync(staged.__exit__, None, None, None)
+    async def _transfer_once(self, flight: Flight, offer: Offer, pin: Pin) -> Tree:
+        flight.begin(offer.substituter.url, offer.narinfo.file_size)
+        async with (
+            self._unpackers.unpacking(pin, offer.narinfo) as unpacking,
+            offer.substituter.nar(offer.narinfo) as stream,
+            aclosing(gather(stream, flight)) as pieces,
+        ):
+            async for piece in pieces:
+                await unpacking.feed(piece)
+            await unpacking.commit()
+        return await trio.to_thread.run_sync(scan_tree, self._store.location(flight.path))
 
 
 def named(url: str, failure: FusesnapError) -> str:

@@ -178,6 +178,10 @@ class ImageNodes:
     async def open(self, inode: Inode, pid: int | None) -> None:
         """The layers' files are open as long as the mount is there."""
 
+    async def open_directory(self, inode: Inode, pid: int | None) -> None:
+        """See ``Nodes``: only what lies beneath in the store may have to be waited for."""
+        await self._store_directory(_index(inode), pid)
+
     async def read(self, inode: Inode, offset: int, size: int) -> bytes:
         """See ``Nodes``."""
         return self._tree.read(_index(inode), offset, size)

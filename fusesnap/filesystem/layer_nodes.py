@@ -106,6 +106,9 @@ class LayerNodes:
         """There are only directories here."""
         raise InvalidData(f"inode {inode} is a directory, not a file")
 
+    async def open_directory(self, inode: Inode, pid: int | None) -> None:
+        """Nothing here has to be waited for."""
+
     async def read(self, inode: Inode, offset: int, size: int) -> bytes:
         """There are only directories here."""
         raise InvalidData(f"inode {inode} is a directory, not a file")

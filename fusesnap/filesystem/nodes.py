@@ -84,6 +84,10 @@ class Nodes(Protocol):
         """Make sure that the contents can be read."""
         ...
 
+    async def open_directory(self, inode: Inode, pid: int | None) -> None:
+        """Make sure that the entries can be listed: here it is known who asks, in ``entries`` it is not."""
+        ...
+
     async def read(self, inode: Inode, offset: int, size: int) -> bytes:
         """At most ``size`` bytes from ``offset``; fewer only at the end of the file."""
         ...

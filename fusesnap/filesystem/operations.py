@@ -17,7 +17,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 import pyfuse3
 from pyfuse3 import FileHandleT, FileNameT, FlagT, InodeT, RequestContext, XAttrNameT
 
-from fusesnap.errors import FusesnapError, StorageFailure
+from fusesnap.errors import FusesnapError, ReaderReleased, StorageFailure
 from fusesnap.filesystem.inode import Inode, InodeKind
 from fusesnap.filesystem.nodes import Attributes, DirectoryEntry, Nodes
 
@@ -31,6 +31,8 @@ def errno_of(error: Exception) -> int:
     """The number that a reader gets. Never ENOENT: that would be a statement about the path's content."""
     if isinstance(error, StorageFailure | OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return errno.ENOSPC
+    if isinstance(error, ReaderReleased) and error.killed:
+        return errno.EINTR
     return errno.EIO
 
 
@@ -42,6 +44,7 @@ def answers_errors(handler: Handler[P, T]) -> Handler[P, T]:
 
     @wraps(handler)
     async def answer(self: Operations, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        self.under_way += 1
         try:
             return await handler(self, *args, **kwargs)
         except pyfuse3.FUSEError:
@@ -52,6 +55,8 @@ def answers_errors(handler: Handler[P, T]) -> Handler[P, T]:
         except Exception as error:
             log.exception("%s failed in a way that it should not", handler.__name__)
             raise pyfuse3.FUSEError(errno_of(error)) from error
+        finally:
+            self.under_way -= 1
 
     return answer
 
@@ -61,7 +66,7 @@ class Operations(pyfuse3.Operations):
 
     ``parts`` says who serves which kind of inode; ``capacity`` is a directory on the file system whose free space
     statfs shows (without an answer to statfs, overlayfs refuses the mount). ``on_init`` runs when libfuse has had its
-    FUSE_INIT.
+    FUSE_INIT. ``under_way`` counts the requests that were taken and are not answered.
     """
 
     enable_writeback_cache = False
@@ -71,17 +76,17 @@ class Operations(pyfuse3.Operations):
         self,
         parts: Mapping[InodeKind, Nodes],
         capacity: Path,
-        on_init: Callable[[], None] | None = None,
     ) -> None:
         super().__init__()
         self._parts = parts
         self._capacity = capacity
-        self._on_init = on_init
+        self.on_init: Callable[[], None] | None = None
+        self.under_way = 0
 
     def init(self) -> None:
         """FUSE_INIT was answered."""
-        if self._on_init is not None:
-            self._on_init()
+        if self.on_init is not None:
+            self.on_init()
 
     # ----------------------------------------------------------------- names
 
@@ -119,7 +124,9 @@ class Operations(pyfuse3.Operations):
 
     @answers_errors
     async def opendir(self, inode: InodeT, ctx: RequestContext) -> FileHandleT:
-        """The entries are asked for in readdir, which is where a lazy path gets fetched."""
+        """A lazy path is fetched here: readdir does not say who asks."""
+        node = Inode.parse(inode)
+        await self._parts[node.kind].open_directory(node, ctx.pid)
         return FileHandleT(inode)
 
     @answers_errors

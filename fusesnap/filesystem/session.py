@@ -14,6 +14,7 @@ import socket
 import struct
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import pyfuse3
 
@@ -25,6 +26,8 @@ log = logging.getLogger(__name__)
 # include/uapi/linux/fuse.h: struct fuse_out_header { u32 len; s32 error; u64 unique; }; a notification has unique 0
 # and its code in error.
 NOTIFY_RESEND = struct.pack("<IiQ", 16, 7, 0)
+
+RELAYED = "relay:"
 
 
 def resend(fuse: int) -> bool:
@@ -40,29 +43,60 @@ def resend(fuse: int) -> bool:
 
 @contextmanager
 def joined(
-    fuse: int, init_request: bytes, operations: Callable[[Callable[[], None]], Operations]
-) -> Iterator[None]:
+    fuse: int, init_request: bytes, operations: Operations
+) -> Iterator[Callable[[], object]]:
     """Serve the connection ``fuse``, whose kernel side was initialised with ``init_request`` by the supervisor.
 
-    ``operations`` is called with what must run when libfuse has had its FUSE_INIT. Leaving does not unmount.
+    Leaving does not unmount. The block is given what has requests sent again, see :func:`answer_requests`.
     """
     ours, libfuses = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     ours.send(init_request)
+    descriptor = libfuses.detach()
 
     def take_over() -> None:
-        os.dup2(fuse, libfuses.fileno(), inheritable=False)
-        if not resend(fuse):
+        os.dup2(fuse, descriptor, inheritable=False)
+        if resend(fuse):
+            os.set_blocking(fuse, False)  # see answer_requests
+        else:
             log.info(
                 "this kernel cannot resend requests (Linux 6.9 can): those of a dead worker are lost"
             )
 
-    with ours:
-        pyfuse3.init(operations(take_over), f"/dev/fd/{libfuses.fileno()}", {"fsname=fusesnap"})
+    operations.on_init = take_over
+    with ours, session(descriptor, operations):
+        yield partial(resend, fuse)
+
+
+@contextmanager
+def session(descriptor: int, operations: Operations) -> Iterator[Callable[[], object]]:
+    """Serve what comes over ``descriptor``, a FUSE_INIT first. libfuse owns it from here, and closes it.
+
+    In relay mode it is one end of a socket pair whose other end the supervisor holds: it sends the FUSE_INIT, carries
+    every request and answer, and gives to the next worker what this one leaves unanswered.
+    """
+    os.set_inheritable(descriptor, False)
+    pyfuse3.init(operations, f"/dev/fd/{descriptor}", {"fsname=fusesnap"})
+    try:
+        yield lambda: None  # a socket has what it says it has
+    finally:
+        pyfuse3.close(unmount=False)
+
+
+async def answer_requests(max_tasks: int, send_again: Callable[[], object]) -> None:
+    """Answer the kernel until the session ends.
+
+    A request whose reader is killed before we read it is taken back: then there is nothing to read where there was
+    something. A read that waits would stop everything in this process, so ours does not; but its EAGAIN ends pyfuse3's
+    loop, with every handler in it. So that loop is started anew, and what it had taken is sent again.
+    """
+    again = True
+    while again:
+        again = False
         try:
-            yield
-        finally:
-            pyfuse3.close(unmount=False)
-            libfuses.detach()  # libfuse closed it
+            await pyfuse3.main(max_tasks=max_tasks)
+        except* BlockingIOError:
+            again = True
+            send_again()
 
 
 @contextmanager

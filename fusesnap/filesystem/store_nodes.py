@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from fusesnap.errors import InvalidData, NotFound
 from fusesnap.fetch.realiser import Realiser
 from fusesnap.filesystem.inode import Inode, InodeKind
 from fusesnap.filesystem.nodes import FOREVER, Attributes, DirectoryEntry, directory
 from fusesnap.filesystem.open_files import OpenFiles
+from fusesnap.filesystem.waiting import Question, WaitingRequests
 from fusesnap.nix.store_path import StorePath
 from fusesnap.nix.tree import Entry, EntryKind, Tree
 from fusesnap.store.local_store import LocalStore, Pin
@@ -34,6 +36,7 @@ class StoreNodes:
         store: LocalStore,
         realiser: Realiser,
         open_files: OpenFiles,
+        waiting: WaitingRequests,
         opened: Callable[[int, Tree, int], None],
     ) -> None:
         """``opened`` is told of each file that is opened: by its path's ordinal, its tree, and the entry in it."""
@@ -41,6 +44,7 @@ class StoreNodes:
         self._store = store
         self._realiser = realiser
         self._open_files = open_files
+        self._waiting = waiting
 
     # ------------------------------------------------------ roots of paths
 
@@ -58,8 +62,12 @@ class StoreNodes:
 
     async def root(self, path: StorePath, view: int, pid: int | None) -> Attributes:
         """The root of a path of unknown kind: known once the path is committed."""
-        tree = await self._realiser.realise(path, pid)
-        return _attributes(tree, Inode(InodeKind.STORE, 0, self._pinned(path).ordinal, view))
+        inode = Inode(InodeKind.STORE, 0, self._pinned(path).ordinal, view)
+        tree = self._realiser.cached_tree(inode.ordinal)
+        if tree is None:
+            tree = await self._wait(Question("lookup", path, inode.number, pid=pid))
+            inode = Inode(InodeKind.STORE, 0, self._pinned(path).ordinal, view)
+        return _attributes(tree, inode)
 
     # --------------------------------------------------------------- nodes
 
@@ -67,11 +75,11 @@ class StoreNodes:
         """See ``Nodes``."""
         if inode.kind is InodeKind.CLAIMED:
             return directory(inode.number)
-        return _attributes(await self._tree(inode, pid), inode)
+        return _attributes(await self._tree(inode, pid, "getattr"), inode)
 
     async def lookup(self, parent: Inode, name: bytes, pid: int | None) -> Attributes | None:
         """See ``Nodes``."""
-        tree, parent = await self._directory(parent, pid)
+        tree, parent = await self._directory(parent, pid, "lookup", name)
         index = tree.child(parent.entry, name)
         if index is None:
             return None
@@ -83,7 +91,7 @@ class StoreNodes:
 
     async def entries(self, inode: Inode, pid: int | None) -> Sequence[DirectoryEntry]:
         """See ``Nodes``."""
-        tree, inode = await self._directory(inode, pid)
+        tree, inode = await self._directory(inode, pid, "readdir")
         found = []
         for index in tree.children(inode.entry):
             attributes = _attributes(tree, _entry_inode(inode, index))
@@ -92,7 +100,7 @@ class StoreNodes:
 
     async def target(self, inode: Inode, pid: int | None) -> bytes:
         """See ``Nodes``."""
-        entry = _entry(await self._tree(inode, pid), inode)
+        entry = _entry(await self._tree(inode, pid, "readlink"), inode)
         if entry.kind is not EntryKind.SYMLINK:
             raise InvalidData(
                 f"inode {inode}: asked for a link's target, but it is a {entry.kind.name}"
@@ -101,14 +109,20 @@ class StoreNodes:
 
     async def open(self, inode: Inode, pid: int | None) -> None:
         """See ``Nodes``."""
-        self._opened(inode.ordinal, await self._tree(inode, pid), inode.entry)
+        self._waiting.opened(inode.number, pid)
+        self._opened(inode.ordinal, await self._tree(inode, pid, "open"), inode.entry)
+
+    async def open_directory(self, inode: Inode, pid: int | None) -> None:
+        """See ``Nodes``."""
+        self._waiting.opened(inode.number, pid)
+        await self._directory(inode, pid, "opendir")
 
     async def read(self, inode: Inode, offset: int, size: int) -> bytes:
         """See ``Nodes``. No await lies between finding the descriptor and using it: nothing can close it meanwhile."""
         number = inode.number
         descriptor = self._open_files.get(number)
         if descriptor is None:
-            tree = await self._tree(inode, None)
+            tree = await self._tree(inode, None, "read")
             location = os.fsencode(self._store.location(self._pin(inode).info.store_path))
             inner = tree.path(inode.entry)
             descriptor = self._open_files.open(
@@ -134,14 +148,19 @@ class StoreNodes:
             raise NotFound(f"inode {inode}: this state directory never gave out its ordinal")
         return pin
 
-    async def _tree(self, inode: Inode, pid: int | None) -> Tree:
+    async def _tree(self, inode: Inode, pid: int | None, operation: str, name: bytes = b"") -> Tree:
         tree = self._realiser.cached_tree(inode.ordinal)
         if tree is not None:
             return tree
         pin = self._pin(inode)
-        tree = await self._realiser.realise(pin.info.store_path, pid)
+        tree = await self._wait(Question(operation, pin.info.store_path, inode.number, name, pid))
         self._check_same(pin)
         return tree
+
+    async def _wait(self, question: Question) -> Tree:
+        return await self._waiting.wait(
+            question, partial(self._realiser.realise, question.path, question.pid)
+        )
 
     def _check_same(self, pin: Pin) -> None:
         """What was committed meanwhile must be what this inode was computed for."""
@@ -152,17 +171,19 @@ class StoreNodes:
                 f"{pin.info.store_path}: this mount shows the NAR {pin.info.nar_hash}, the store has {found}"
             )
 
-    async def _directory(self, inode: Inode, pid: int | None) -> tuple[Tree, Inode]:
+    async def _directory(
+        self, inode: Inode, pid: int | None, operation: str, name: bytes = b""
+    ) -> tuple[Tree, Inode]:
         """The tree, and the inode of what is committed.
 
         Of a claimed root nothing was shown but that it is a directory, so it may be what its cache has by now.
         """
-        if inode.kind is InodeKind.CLAIMED:
+        if inode.kind is InodeKind.CLAIMED and self._realiser.cached_tree(inode.ordinal) is None:
             path = self._pin(inode).info.store_path
-            tree = await self._realiser.realise(path, pid)
+            tree = await self._wait(Question(operation, path, inode.number, name, pid))
             inode = Inode(InodeKind.STORE, 0, self._pinned(path).ordinal)
         else:
-            tree = await self._tree(inode, pid)
+            tree = await self._tree(inode, pid, operation, name)
         kind = _entry(tree, inode).kind
         if kind is not EntryKind.DIRECTORY:
             raise InvalidData(

@@ -1,38 +1,40 @@
-"""Our own service beside containerd's, on the same socket: what the daemon does now.
+"""Our own service beside containerd's, on the same socket: what the daemon does now, and what of it is to end.
 
-One method, ``fusesnap.v1.Daemon/Status``. Question and answer are JSON objects: their fields grow from release to
-release, and whoever reads them is a script or a person.
+Methods of ``fusesnap.v1.Daemon``. Questions and answers are JSON objects: their fields grow from release to release,
+and whoever reads them is a script or a person.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import grpc
 
-from fusesnap.errors import InvalidData, Unavailable
+from fusesnap.errors import InvalidArgument, InvalidData, NotFound, Unavailable
 from fusesnap.services.calls import Calls
 
 SERVICE = "fusesnap.v1.Daemon"
-METHOD = "Status"
-ANSWER_WITHIN = 10.0  # seconds; it only looks into memory
+ANSWER_WITHIN = 15.0  # seconds; it looks into memory, and asks the worker, which has less time
+HINT = "is the daemon running"
 
-Status = Callable[[], Awaitable[dict[str, Any]]]
+Call = Callable[[Mapping[str, Any]], Awaitable[dict[str, Any]]]
 
 
-def status_service(status: Status) -> Callable[[grpc.Server, Calls], None]:
-    """The service that answers with what ``status`` gives."""
+def daemon_service(answers: Mapping[str, Call]) -> Callable[[grpc.Server, Calls], None]:
+    """The service that answers each method by its name."""
 
     def register(server: grpc.Server, calls: Calls) -> None:
-        def answer(request: bytes, context: grpc.ServicerContext) -> bytes:
-            del request  # it has no arguments yet
-            return json.dumps(calls.run(status, context)).encode()
+        def method(call: Call) -> grpc.RpcMethodHandler[bytes, bytes]:
+            def answer(request: bytes, context: grpc.ServicerContext) -> bytes:
+                return json.dumps(calls.run(lambda: call(_object(request)), context)).encode()
 
-        method = grpc.unary_unary_rpc_method_handler(answer)
-        handlers = grpc.method_handlers_generic_handler(SERVICE, {METHOD: method})
+            return grpc.unary_unary_rpc_method_handler(answer)
+
+        methods = {name: method(call) for name, call in answers.items()}
+        handlers = grpc.method_handlers_generic_handler(SERVICE, methods)
         server.add_generic_rpc_handlers((handlers,))
 
     return register
@@ -40,16 +42,43 @@ def status_service(status: Status) -> Callable[[grpc.Server, Calls], None]:
 
 def ask_status(address: Path) -> dict[str, Any]:
     """What the daemon that serves ``address`` says of itself. Raises ``Unavailable``, ``InvalidData``."""
+    return _ask(address, "Status", {})
+
+
+def ask_cancel(address: Path, target: str) -> int:
+    """End the waits that ``target`` names; says how many.
+
+    Raises ``NotFound`` and ``InvalidArgument`` for the target, ``Unavailable``, ``InvalidData``.
+    """
+    return int(_ask(address, "Cancel", {"target": target})["released"])
+
+
+def _ask(address: Path, method: str, question: Mapping[str, Any]) -> dict[str, Any]:
     with grpc.insecure_channel(f"unix:{address.absolute()}") as channel:
-        ask = channel.unary_unary(f"/{SERVICE}/{METHOD}", bytes, bytes)
+        ask = channel.unary_unary(f"/{SERVICE}/{method}", bytes, bytes)
         try:
-            answer = json.loads(ask(b"{}", timeout=ANSWER_WITHIN))
+            return _object(ask(json.dumps(question).encode(), timeout=ANSWER_WITHIN))
         except grpc.RpcError as error:
-            raise Unavailable(
-                f"{address}: {error.details()}: is the daemon running, and this its --address?"
-            ) from error
-        except ValueError as error:
-            raise InvalidData(f"{address}: its answer is not JSON: {error}") from error
-    if not isinstance(answer, dict):
-        raise InvalidData(f"{address}: a JSON object was expected")
-    return answer
+            kind = _KINDS.get(error.code())
+            if kind is not None:
+                raise kind(error.details()) from error
+            said = f"{address}: {error.details()}"
+            hint = "" if HINT in said else f": {HINT}, and this its --address?"
+            raise Unavailable(said + hint) from error
+
+
+# Only what a question of ours can be answered with; the rest means that there is no answer.
+_KINDS: Final = {
+    grpc.StatusCode.NOT_FOUND: NotFound,
+    grpc.StatusCode.INVALID_ARGUMENT: InvalidArgument,
+}
+
+
+def _object(data: bytes) -> dict[str, Any]:
+    try:
+        value = json.loads(data)
+    except ValueError as error:
+        raise InvalidData(f"{SERVICE}: not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise InvalidData(f"{SERVICE}: a JSON object was expected")
+    return value

@@ -16,6 +16,7 @@ MOUNTINFO: Final = Path("/proc/self/mountinfo")
 
 _ESCAPE: Final = re.compile(rb"\\([0-7]{3})")  # the kernel's: space, comma, backslash and more
 _MARK: Final = b"upperdir="
+_LOWER: Final = "lowerdir="
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +29,23 @@ class OverlayMount:
     def names_all(self, names: tuple[str, ...]) -> bool:
         """Whether all of these strings occur in its options."""
         return all(name in self.options for name in names)
+
+    @property
+    def lowers(self) -> tuple[str, ...]:
+        """The lower directories, topmost first."""
+        words = self.options.split(",")
+        lists = [word[len(_LOWER) :] for word in words if word.startswith(_LOWER)]
+        return tuple(lists[0].split(":")) if lists else ()
+
+    def has_layer_below(self, directory: Path) -> bool:
+        """Whether a lower directory is in ``directory``.
+
+        Where options are longer than a page, containerd makes lower directories relative to what they have in common
+        (``mount_linux.go`` in its ``mount`` package).
+        """
+        return any(
+            lower.startswith((f"{directory}/", f"{directory.name}/")) for lower in self.lowers
+        )
 
 
 def overlay_mounts(path: Path = MOUNTINFO) -> tuple[OverlayMount, ...]:
@@ -45,6 +63,18 @@ def parse(text: bytes) -> tuple[OverlayMount, ...]:
         if kind == b"overlay":
             mounts.append(_overlay(source_and_options.partition(b" ")[2]))
     return tuple(mounts)
+
+
+def root_upper(path: Path) -> str | None:
+    """The upper directory of the overlay that is the root of the process whose mountinfo ``path`` is.
+
+    ``None`` if its root is something else. Raises ``StorageFailure``, also when the process is gone.
+    """
+    with storage("read", path):
+        lines = path.read_bytes().splitlines()
+    roots = [line for line in lines if line.split(b" ", 5)[4:5] == [b"/"]]
+    mounts = parse(roots[-1]) if roots else ()
+    return mounts[0].upper if mounts else None
 
 
 def _overlay(options: bytes) -> OverlayMount:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -61,8 +61,12 @@ class Snapshotter(Snapshots):
         options: OverlayOptions,
         recognise_by_content: bool,
         clock: Callable[[], float],
+        release_readers: Callable[[str], Awaitable[None]] | None = None,
     ) -> None:
         """Take the collaborators; ``clock`` gives seconds since the epoch.
+
+        ``release_readers`` is given the upper directory of a snapshot that is to be removed, to end what its processes
+        wait for. It must not take long, and must not raise.
 
         ``lazy`` serves what is missing; without it everything is realised before a mount is answered. Raises
         ``InvalidConfiguration`` where ``root`` cannot be named in mount options.
@@ -74,6 +78,7 @@ class Snapshotter(Snapshots):
         self._store_dir = store_dir
         self._options = options
         self._clock = clock
+        self._release_readers = release_readers
         self._directories = Directories(root / "snapshots")
         self._nix = NixLayers(store, paths, store_dir, by_content=recognise_by_content)
         self._views = Views(store, paths, self._nix, lazy, store_dir)
@@ -91,6 +96,19 @@ class Snapshotter(Snapshots):
         def read() -> frozenset[Path]:
             with self._metastore.reading() as transaction:
                 return frozenset(transaction.files_views())
+
+        return await trio.to_thread.run_sync(read)
+
+    async def uppers(self) -> dict[str, str]:
+        """The keys of the active snapshots, by their upper directories."""
+
+        def read() -> dict[str, str]:
+            with self._metastore.reading() as transaction:
+                return {
+                    str(self._directories.fs(snapshot.id)): snapshot.info.name
+                    for snapshot in transaction.snapshots()
+                    if snapshot.info.kind is Kind.ACTIVE
+                }
 
         return await trio.to_thread.run_sync(read)
 
@@ -190,6 +208,10 @@ class Snapshotter(Snapshots):
 
     async def remove(self, key: str) -> None:
         """See :class:`Snapshots`."""
+        if self._release_readers is not None:
+            snapshot = await trio.to_thread.run_sync(self._read, key)
+            if snapshot.info.kind is Kind.ACTIVE:
+                await self._release_readers(str(self._directories.fs(snapshot.id)))
 
         def remove() -> None:
             with self._metastore.writing() as transaction:

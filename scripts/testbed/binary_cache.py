@@ -7,6 +7,7 @@ import http.client
 import itertools
 import json
 import os
+import signal
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -155,6 +156,19 @@ class HttpCache:
         """Stop serving, in the middle of whatever is under way: connections are refused from now on."""
         self._service = None
         self._running.close()
+
+    @contextlib.contextmanager
+    def silent(self) -> Iterator[None]:
+        """Answer nothing for the time of the context: connections are accepted, and nothing comes."""
+        master = self._service.pid if self._service else os.getpid()
+        workers = Path(f"/proc/{master}/task/{master}/children").read_text().split()
+        for pid in workers:
+            os.kill(int(pid), signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            for pid in workers:
+                os.kill(int(pid), signal.SIGCONT)
 
     def requests(self) -> list[Request]:
         """All requests that were answered so far, in the order in which they ended.

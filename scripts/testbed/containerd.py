@@ -192,6 +192,24 @@ class Containerd:
         finally:
             self.remove(name)
 
+    def restart(self, stack: contextlib.ExitStack) -> None:
+        """Kill containerd and start it again, until ``stack`` ends; the containers go on."""
+        self.service.kill()
+        configuration = self._work / "containerd.toml"
+        log = self._work / "containerd-again.log"
+        self.service = stack.enter_context(
+            running(["containerd", "--config", configuration], log=log)
+        )
+        self.service.wait_until(lambda: self.ctr_unchecked("version").returncode == 0)
+
+    def restart_task(self, name: str) -> Container:
+        """End a container's processes by force, and start it again on the same snapshot."""
+        self.ctr("tasks", "delete", "--force", name)
+        log = self._work / f"{name}-again.log"
+        options = ["--detach", "--fifo-dir", self.fifo_directory, "--log-uri", f"file://{log}"]
+        self.ctr("tasks", "start", *options, name)
+        return Container(self, name, log)
+
     def remove(self, name: str) -> None:
         """End a container, if it runs, and remove it, if it is there."""
         self.ctr_unchecked("tasks", "delete", "--force", name)

@@ -41,13 +41,15 @@ def leftovers(directory: Path, ports: Iterable[int] = ()) -> list[str]:
 def sweep(directory: Path) -> None:
     """Remove the directory of a run, and by force what the run has left if its cleaning up was interrupted."""
     _kill(processes_naming(directory))
+    for mount in reversed(
+        mounts_below(directory)
+    ):  # whose server is dead, and which no search survives
+        run(["umount", "--lazy", mount])
     for configuration in (
         *directory.glob("*/containerd.toml"),
         *directory.glob("*/*/containerd.toml"),
     ):
         end_containers(configuration.parent)
-    for mount in reversed(mounts_below(directory)):
-        run(["umount", "--lazy", mount])
     shutil.rmtree(directory, ignore_errors=True)
 
 

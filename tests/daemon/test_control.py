@@ -72,3 +72,12 @@ async def test_the_next_one_takes_the_socket_over(tmp_path: Path) -> None:
             old.cancel_scope.cancel()
             assert await control.ask(tmp_path / "s", "echo", words="") == {"heard": "by another"}
             new.cancel_scope.cancel()
+
+
+async def test_a_bug_in_an_answer_does_not_end_whoever_answers(
+    tmp_path: Path, nursery: trio.Nursery
+) -> None:
+    await nursery.start(control.serve, tmp_path / "s", CALLS)
+    with pytest.raises(Unavailable, match="unexpected KeyError: 'words'"):
+        await control.ask(tmp_path / "s", "echo")
+    assert await control.ask(tmp_path / "s", "echo", words="on") == {"heard": "on"}

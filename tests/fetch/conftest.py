@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -10,6 +11,8 @@ import trio
 
 from fusesnap.fetch.flight import Reader
 from fusesnap.fetch.realiser import Limits, Realiser
+from fusesnap.fetch.unpack_processes import UnpackProcesses
+from fusesnap.fetch.unpacking import ThreadUnpackers, Unpackers
 from fusesnap.nix.store_path import StoreDir
 from fusesnap.store.local_store import LocalStore
 from fusesnap.substituter.memory import MemorySubstituter
@@ -28,8 +31,26 @@ def store(tmp_path: Path) -> Iterator[LocalStore]:
         yield opened
 
 
+@pytest.fixture(params=["threads", "processes"])
+async def unpackers(
+    request: pytest.FixtureRequest, store: LocalStore, nursery: trio.Nursery
+) -> Unpackers:
+    """Both ways to unpack must pass the same tests."""
+    if request.param == "threads":
+        return ThreadUnpackers(store)
+    state = str(store.layer.parent)
+    command = [sys.executable, "-m", "fusesnap.daemon.unpack_worker", state, "/nix/store"]
+    processes = UnpackProcesses(command, 1, nursery, ThreadUnpackers(store))
+    processes.start()
+    with trio.fail_after(60):
+        await processes.all_ready()
+    return processes
+
+
 @pytest.fixture
-async def make_realiser(store: LocalStore, nursery: trio.Nursery) -> MakeRealiser:
+async def make_realiser(
+    store: LocalStore, unpackers: Unpackers, nursery: trio.Nursery
+) -> MakeRealiser:
     """A realiser that reads the given caches, without waits between attempts."""
 
     async def at_once(seconds: float) -> None:
@@ -44,6 +65,8 @@ async def make_realiser(store: LocalStore, nursery: trio.Nursery) -> MakeRealise
             retry=RetryPolicy(sleep=at_once),
             deadline=10.0,
         )
-        return Realiser(store, pool, nursery, limits or Limits(), lambda pid: Reader(pid, "test"))
+        return Realiser(
+            store, pool, unpackers, nursery, limits or Limits(), lambda pid: Reader(pid, "test")
+        )
 
     return make

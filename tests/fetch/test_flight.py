@@ -7,7 +7,7 @@ import trio
 from trio.testing import MockClock
 
 from fusesnap.errors import DeadlineExceeded, Unavailable
-from fusesnap.fetch.flight import Flight, Reader
+from fusesnap.fetch.flight import Flight, Progress, Reader
 from fusesnap.nix.nar import NarEnd, Symlink
 from fusesnap.nix.store_path import StorePath
 from fusesnap.nix.tree import Tree, TreeBuilder
@@ -91,3 +91,35 @@ async def test_a_cancelled_waiter_is_gone(autojump_clock: MockClock) -> None:
     with trio.move_on_after(1):
         await flight.wait(10, None)
     assert flight.state().waiting == 0
+
+
+async def test_before_its_turn_the_progress_of_others_counts(autojump_clock: MockClock) -> None:
+    line = Progress()
+    flying, queued = Flight(PATH, line), Flight(PATH, line)
+    flying.board()
+    flying.begin("http://cache", None)
+
+    async def trickle() -> None:
+        for _ in range(100):
+            await trio.sleep(9)
+            flying.progress(1)
+        assert queued.state().queued
+        queued.board()
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(trickle)
+        with pytest.raises(DeadlineExceeded):
+            await queued.wait(10, None)
+    assert trio.current_time() == pytest.approx(910)
+
+
+async def test_a_rate_is_of_late(autojump_clock: MockClock) -> None:
+    flight = Flight(PATH)
+    flight.begin("http://cache", None)
+    for _ in range(100):
+        await trio.sleep(1)
+        flight.progress(1000)
+    assert flight.state().rate == pytest.approx(1000)
+    await trio.sleep(1000)
+    assert flight.state().rate < 20
+    assert flight.state().idle == pytest.approx(1000)

@@ -159,6 +159,7 @@ STATUSES = [
     (errors.PathNotFound("x"), grpc.StatusCode.FAILED_PRECONDITION),
     (errors.Unavailable("x"), grpc.StatusCode.UNAVAILABLE),
     (errors.DeadlineExceeded("x"), grpc.StatusCode.DEADLINE_EXCEEDED),
+    (errors.ReaderReleased("x", killed=True), grpc.StatusCode.UNAVAILABLE),
     (errors.ClosureUnavailable([errors.PathNotFound("x")]), grpc.StatusCode.FAILED_PRECONDITION),
     (
         errors.ClosureUnavailable([errors.PathNotFound("x"), errors.Unavailable("y")]),

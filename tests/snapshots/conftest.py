@@ -68,6 +68,10 @@ def canonicalise(path: Path) -> None:
     os.utime(path, (1, 1), follow_symlinks=False)
 
 
+def is_directory(path: str) -> bool:
+    return Path(path).is_dir()
+
+
 def look(path: Path) -> Tree:
     """The tree at ``path``, as :func:`plant` takes it (of a mount: nothing but files, links and directories)."""
     status = path.lstat()
@@ -200,6 +204,7 @@ class Bench:
         self.lazy = DirectoryLazyLayer(state, self.source)
         self.mounts = mounts
         self.now = NOW
+        self.released: list[str] = []
         self.snapshotter = self.open()
 
     def open(self, *, lazy: bool = True, by_content: bool = True) -> Snapshotter:
@@ -216,8 +221,14 @@ class Bench:
             options=OverlayOptions.of_kernel(),
             recognise_by_content=by_content,
             clock=lambda: self.now,
+            release_readers=self.release,
         )
         return self.snapshotter
+
+    async def release(self, upper: str) -> None:
+        """End what waits in a snapshot: here it is only noted, and must come while the snapshot is there."""
+        assert is_directory(upper)
+        self.released.append(upper)
 
     def path(self, name: str, tree: Tree, *, committed: bool = False) -> StorePath:
         """A store path that can be had, or is there already."""

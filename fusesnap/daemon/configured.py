@@ -1,0 +1,25 @@
+"""Whether a configuration can be run with, beyond its form: for a reload, which must not end what runs."""
+
+from __future__ import annotations
+
+from contextlib import AsyncExitStack
+
+import trio
+
+# That all of the program can be imported is part of the answer.
+import fusesnap.daemon.services
+import fusesnap.daemon.worker
+import fusesnap.supervisor  # noqa: F401
+from fusesnap.config import Settings
+from fusesnap.daemon.build import open_pool
+from fusesnap.nix.store_path import StoreDir
+
+
+def check_caches(settings: Settings) -> None:
+    """Open what the settings say of caches, keys and passwords, and close it. Raises what a daemon would end with."""
+
+    async def opened() -> None:
+        async with AsyncExitStack() as stack:
+            await open_pool(settings, StoreDir(settings.store_dir), stack)
+
+    trio.run(opened)

@@ -1,0 +1,216 @@
+"""Unpacks in processes of their own, so that no reader waits for the interpreter lock behind a large NAR."""
+
+from __future__ import annotations
+
+import logging
+import socket
+import subprocess
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager, suppress
+from itertools import count
+
+import trio
+
+from fusesnap.errors import FusesnapError
+from fusesnap.fetch.unpack_frames import Frame, FrameKind, FrameParser, decode_error
+from fusesnap.fetch.unpacking import UnpackerDied, Unpackers, Unpacking
+from fusesnap.nix.narinfo import NarInfo
+from fusesnap.store.local_store import Pin
+
+log = logging.getLogger(__name__)
+
+RECEIVE = 65536
+# Seconds for a process to finish the piece that it is at, and throw away the rest.
+GRACE = 10.0
+
+
+class UnpackProcesses:
+    """A few processes that share the NARs between them.
+
+    ``command`` starts one; the number of its end of the stream is appended. They are exec'd, never only forked: a copy
+    of us that holds the FUSE descriptor would turn our death into a hang. A process ends when its stream does. Used
+    within ``nursery``; one that dies is replaced when the next NAR comes. ``meanwhile`` unpacks until the first of them
+    is ready: a reader that waits must not wait for a process to start too.
+    """
+
+    def __init__(
+        self,
+        command: Sequence[str],
+        processes: int,
+        nursery: trio.Nursery,
+        meanwhile: Unpackers,
+    ) -> None:
+        self._command = list(command)
+        self._slots: list[_Process | None] = [None] * processes
+        self._nursery = nursery
+        self._meanwhile = meanwhile
+
+    def start(self) -> None:
+        """Start them all now, so that the first NAR does not wait for one."""
+        for slot in range(len(self._slots)):
+            self._process(slot)
+
+    @asynccontextmanager
+    async def unpacking(self, pin: Pin, info: NarInfo) -> AsyncIterator[Unpacking]:
+        """See ``Unpackers``."""
+        process = self._least_busy()
+        if not process.ready:
+            async with self._meanwhile.unpacking(pin, info) as here:
+                yield here
+            return
+        job = process.begin()
+        try:
+            await process.send(Frame(job.number, FrameKind.BEGIN, info.to_text().encode()))
+            yield job
+        finally:
+            with trio.move_on_after(
+                GRACE, shield=True
+            ):  # the process has to finish one piece first
+                await process.end(job)
+
+    async def all_ready(self) -> None:
+        """Return when all that run can take NARs, or are gone."""
+        for process in [process for process in self._slots if process is not None]:
+            await process.settled.wait()
+
+    def pids(self) -> list[int]:
+        """Of those that run."""
+        return [process.pid for process in self._slots if process is not None and process.alive]
+
+    def _least_busy(self) -> _Process:
+        """The one with the fewest NARs, those that are ready first; another is started while all are busy."""
+        running = [process for process in self._slots if process is not None and process.alive]
+        if all(process.jobs for process in running if process.ready):
+            for slot, process in enumerate(self._slots):
+                if process is None or not process.alive:
+                    running.append(self._process(slot))
+                    break
+        return min(running, key=lambda process: (not process.ready, process.jobs))
+
+    def _process(self, slot: int) -> _Process:
+        process = self._slots[slot]
+        if process is None or not process.alive:
+            process = self._slots[slot] = _Process(self._command)
+            self._nursery.start_soon(process.receive, name="unpack process")
+        return process
+
+
+class _Process:
+    """One process and its stream."""
+
+    def __init__(self, command: Sequence[str]) -> None:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        with theirs:
+            descriptor = theirs.fileno()
+            self._process = subprocess.Popen(
+                [*command, str(descriptor)], pass_fds=[descriptor], stdin=subprocess.DEVNULL
+            )
+        ours.setblocking(False)
+        self._stream = trio.SocketStream(trio.socket.from_stdlib_socket(ours))
+        self._sending = trio.Lock()
+        self._numbers = count(1)
+        self._jobs: dict[int, _ProcessUnpacking] = {}
+        self.alive = True
+        self.settled = trio.Event()
+
+    @property
+    def ready(self) -> bool:
+        return self.alive and self.settled.is_set()
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    @property
+    def jobs(self) -> int:
+        return len(self._jobs)
+
+    def begin(self) -> _ProcessUnpacking:
+        job = _ProcessUnpacking(next(self._numbers), self)
+        self._jobs[job.number] = job
+        return job
+
+    async def end(self, job: _ProcessUnpacking) -> None:
+        try:
+            if not job.answered:
+                await self.send(Frame(job.number, FrameKind.DROP))
+                await job.landed()
+        except UnpackerDied:
+            pass  # then there is nothing to drop
+        finally:
+            del self._jobs[job.number]
+
+    async def send(self, frame: Frame) -> None:
+        # A frame that is cut short would garble all that follow: once begun it is sent to its end.
+        async with self._sending:
+            with trio.CancelScope(shield=True):
+                try:
+                    await self._stream.send_all(frame.encode())
+                except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
+                    raise UnpackerDied(f"unpack process {self.pid} is gone") from error
+
+    async def receive(self) -> None:
+        """Hand answers to their jobs until the process is gone."""
+        parser = FrameParser()
+        try:
+            async with self._stream:
+                with suppress(trio.BrokenResourceError):
+                    while data := await self._stream.receive_some(RECEIVE):
+                        parser.receive_data(data)
+                        while (frame := parser.next_frame()) is not None:
+                            self._answer(frame)
+        finally:
+            self.alive = False
+            self.settled.set()
+            for job in self._jobs.values():
+                job.land(UnpackerDied(f"unpack process {self.pid} is gone"))
+            with trio.CancelScope(shield=True):  # its stream is closed, so it ends
+                await trio.to_thread.run_sync(self._bury)
+
+    def _answer(self, frame: Frame) -> None:
+        if frame.kind is FrameKind.READY:
+            self.settled.set()
+            return
+        job = self._jobs.get(frame.job)
+        if job is not None:
+            job.land(decode_error(frame.body) if frame.kind is FrameKind.FAILED else None)
+
+    def _bury(self) -> None:
+        try:
+            code = self._process.wait(GRACE)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            code = self._process.wait()
+        if code != 0:
+            log.warning("unpack process %d ended with %d", self.pid, code)
+
+
+class _ProcessUnpacking:
+    """A NAR in a process."""
+
+    def __init__(self, number: int, process: _Process) -> None:
+        self.number = number
+        self.answered = False
+        self._process = process
+        self._landed = trio.Event()
+        self._error: FusesnapError | UnpackerDied | None = None
+
+    def land(self, error: FusesnapError | UnpackerDied | None) -> None:
+        self._error = error
+        self.answered = True
+        self._landed.set()
+
+    async def landed(self) -> None:
+        await self._landed.wait()
+
+    async def feed(self, compressed: bytes) -> None:
+        if self._error is not None:
+            raise self._error
+        await self._process.send(Frame(self.number, FrameKind.DATA, compressed))
+
+    async def commit(self) -> None:
+        if self._error is None:
+            await self._process.send(Frame(self.number, FrameKind.COMMIT))
+            await self._landed.wait()
+        if self._error is not None:
+            raise self._error

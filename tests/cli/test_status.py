@@ -1,0 +1,124 @@
+"""The status as a person reads it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+import pytest
+
+from fusesnap.cli.status import lines, size, table
+
+PATH = "/nix/store/" + "0" * 32 + "-jdk"
+
+
+def wait(seconds: float, **changes: Any) -> dict[str, Any]:
+    return {
+        "operation": "lookup",
+        "path": PATH,
+        "file": "bin",
+        "probable_readers": [{"pid": 42, "command": "java"}],
+        "asked": True,
+        "seconds": seconds,
+        "for": "transfer",
+        "cache": "http://cache",
+        "received": 1_200_000,
+        "expected": 30_000_000,
+        "rate": 20_000.0,
+        "idle": 12.0,
+        "gives_up_in": 108.0,
+        "snapshots": ["default/3/one"],
+    } | changes
+
+
+def answer(**changes: Any) -> dict[str, Any]:
+    return {
+        "state": "/var/lib/fusesnap",
+        "address": "/var/lib/fusesnap/fusesnap.sock",
+        "fuse_mount": "/var/lib/fusesnap/lazy",
+        "stall_timeout": 120.0,
+        "paths": {"valid": 1, "committed": 2, "missing": 3},
+        "caches": [
+            {
+                "url": "http://cache",
+                "narinfos": 5,
+                "bytes": 1_200_000,
+                "last_error": None,
+            }
+        ],
+        "fetching": [],
+        "waiting": [],
+        "errors": [],
+        "depend_on_fuse": [],
+        "worker": {"pid": 11},
+        "services": {"pid": 12},
+        "supervisor": {"pid": 10},
+    } | changes
+
+
+def shown(**changes: Any) -> list[str]:
+    return [click.unstyle(line) for line in lines(answer(**changes))]
+
+
+def test_the_longest_wait_comes_first_and_all_of_it_is_there() -> None:
+    waits = [wait(3.0, probable_readers=[], snapshots=[]), wait(75.5, idle=1.0)]
+    said = shown(waiting=waits)
+    assert "waiting    2, an error after 120 s without progress" in said
+    first, second = said[-2:]
+    for part in (
+        "75.5 s",
+        "java (42) in default/3/one",
+        "lookup",
+        "1.2 MB of 30.0 MB",
+        "20.0 kB/s",
+    ):
+        assert part in first
+    assert first.endswith(f"{PATH}/bin")
+    assert "unknown" in second
+    assert first.index(PATH) == second.index(PATH)
+
+
+def test_a_reader_that_is_only_probable_is_marked() -> None:
+    assert "java? (42)" in shown(waiting=[wait(1.0, asked=False)])[-1]
+
+
+def test_what_has_not_begun_shows_no_bytes() -> None:
+    line = shown(waiting=[wait(1.0, **{"for": "narinfo", "cache": None})])[-1]
+    assert "narinfo" in line
+    assert "MB" not in line
+
+
+def test_without_waits_it_says_so() -> None:
+    assert shown()[-1] == "waiting    nobody"
+
+
+def test_a_worker_that_is_away_is_named() -> None:
+    said = shown(worker={"pid": None, "error": "no answer within 3 s"})
+    assert any("no worker answers: no answer within 3 s" in line for line in said)
+
+
+def test_errors_and_dependents_are_listed() -> None:
+    error = {
+        "kind": "deadline",
+        "cache": "http://cache",
+        "count": 3,
+        "last": f"{PATH}: no progress",
+    }
+    said = shown(errors=[error], depend_on_fuse=["default/3/one", "default/4/two"])
+    assert f"errors     3  deadline  http://cache  last: {PATH}: no progress" in said
+    assert "on fuse    default/3/one" in said
+    assert "           default/4/two" in said
+
+
+def test_columns_are_aligned_whatever_their_colour() -> None:
+    rows = [["a", click.style("bb", fg="red"), "c"], ["aaa", "b", "c"]]
+    assert [click.unstyle(line) for line in table(rows)] == ["a    bb  c", "aaa  b   c"]
+    assert table([]) == []
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [(None, "?"), (0, "0 B"), (999, "999 B"), (1500, "1.5 kB"), (2 * 10**12, "2000.0 GB")],
+)
+def test_sizes_have_units(count: int | None, text: str) -> None:
+    assert size(count) == text

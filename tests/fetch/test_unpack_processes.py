@@ -1,0 +1,94 @@
+"""Processes that unpack, and what becomes of a NAR when they die."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+
+import pytest
+import trio
+
+from fusesnap.fetch.unpack_processes import UnpackProcesses
+from fusesnap.fetch.unpacking import ThreadUnpackers, UnpackerDied
+from fusesnap.store.local_store import LocalStore
+
+from ..substituter.samples import sample
+
+
+async def processes(store: LocalStore, nursery: trio.Nursery, count: int = 1) -> UnpackProcesses:
+    """So many, ready."""
+    state = str(store.layer.parent)
+    command = [sys.executable, "-m", "fusesnap.daemon.unpack_worker", state, "/nix/store"]
+    started = UnpackProcesses(command, count, nursery, ThreadUnpackers(store))
+    started.start()
+    with trio.fail_after(60):
+        await started.all_ready()
+    return started
+
+
+async def test_many_nars_share_a_process(store: LocalStore, nursery: trio.Nursery) -> None:
+    unpackers = await processes(store, nursery)
+    samples = [sample(f"path-{number}", size=50_000) for number in range(12)]
+    pins = store.pins([each.info for each in samples])
+
+    async def unpack(number: int) -> None:
+        each = samples[number]
+        async with unpackers.unpacking(pins[number], each.info) as unpacking:
+            for start in range(0, len(each.file), 9_999):
+                await unpacking.feed(each.file[start : start + 9_999])
+            await unpacking.commit()
+
+    async with trio.open_nursery() as jobs:
+        for number in range(len(samples)):
+            jobs.start_soon(unpack, number)
+    assert all(store.is_committed(each.path) for each in samples)
+    assert len(unpackers.pids()) == 1
+
+
+async def test_what_is_given_up_leaves_nothing(store: LocalStore, nursery: trio.Nursery) -> None:
+    unpackers = await processes(store, nursery)
+    given_up, other = sample("given-up", size=100_000), sample("other")
+    pins = store.pins([given_up.info, other.info])
+    with trio.CancelScope() as scope:
+        async with unpackers.unpacking(pins[0], given_up.info) as unpacking:
+            await unpacking.feed(given_up.file[:50_000])
+            scope.cancel()
+            await unpacking.feed(given_up.file[50_000:])
+            await trio.lowlevel.checkpoint()
+    # One stream, in order: when this one is done, the other has been dropped.
+    async with unpackers.unpacking(pins[1], other.info) as unpacking:
+        await unpacking.feed(other.file)
+        await unpacking.commit()
+    assert not store.is_committed(given_up.path)
+    assert list((store.layer.parent / "staging").iterdir()) == []
+
+
+async def test_a_process_that_is_killed_says_so_and_is_replaced(
+    store: LocalStore, nursery: trio.Nursery
+) -> None:
+    unpackers = await processes(store, nursery)
+    hello = sample("hello", size=100_000)
+    pin = store.pin(hello.info)
+    with pytest.raises(UnpackerDied):
+        async with unpackers.unpacking(pin, hello.info) as unpacking:
+            await unpacking.feed(hello.file[:1000])
+            os.kill(unpackers.pids()[0], signal.SIGKILL)
+            await unpacking.feed(hello.file[1000:])
+            await unpacking.commit()
+    # The next one is started, and this NAR does not wait for it.
+    async with unpackers.unpacking(pin, hello.info) as unpacking:
+        await unpacking.feed(hello.file)
+        await unpacking.commit()
+    assert store.is_committed(hello.path)
+    assert len(unpackers.pids()) == 1
+
+
+async def test_they_end_with_whoever_started_them(store: LocalStore) -> None:
+    async with trio.open_nursery() as nursery:
+        unpackers = await processes(store, nursery, 2)
+        pids = unpackers.pids()
+        nursery.cancel_scope.cancel()
+    for pid in pids:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
