@@ -71,6 +71,10 @@ def spawn(command: list[str], descriptors: tuple[int, ...], output: int = -1) ->
             os.set_inheritable(descriptor, False)
 
 
+# sysexits.h: what a child ends with when it has said why it cannot go on, and trying again would not help.
+REFUSALS = range(64, 79)
+
+
 @dataclass
 class Process:
     """One running process, and what it has said."""
@@ -174,6 +178,7 @@ class Child:
     young_deaths: int = 0  # in a row
     due: float = 0.0  # when it may be started
     failure: str = ""  # how the last one ended before it served
+    refused: int = 0  # the exit code of one that said, before any ever served, that it cannot
 
     @property
     def serves(self) -> bool:
@@ -239,6 +244,7 @@ class Child:
             process, self.process = self.process, None
             if not process.serves:
                 self.failure = f"{self.name} ended with {status} before it served"
+                self.refused = status if status in REFUSALS else 0
             if process.served >= YOUNG:
                 self.young_deaths = 0
             said = f"(pid {process.pid}) ended with {status} after {process.lived:.1f} s"

@@ -5,10 +5,17 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 NAME = "daemon.lock"
+
+
+class Unusable(Exception):
+    """The state directory cannot be had."""
+
+    status = 74  # sysexits.h: EX_IOERR
 
 
 class InUse(Exception):
@@ -37,8 +44,11 @@ class DaemonLock:
     @classmethod
     def take(cls, root: Path) -> DaemonLock:
         """Make the directory and be its only daemon. Raises ``InUse`` with the other's process id."""
-        root.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(root / NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(root / NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise Unusable(f"{root}: cannot be the state directory: {error.strerror}") from error
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -56,8 +66,11 @@ class DaemonLock:
         said = json.dumps(asdict(DaemonState(os.getpid(), reloads, state, reason)))
         told = f"{os.getpid()}\n{said}\n".encode()
         if told != self._told:
-            os.pwrite(self.descriptor, told, 0)
-            os.truncate(self.descriptor, len(told))
+            with suppress(
+                OSError
+            ):  # on a full disk: the lock holds all the same, this is only for people
+                os.pwrite(self.descriptor, told, 0)
+                os.truncate(self.descriptor, len(told))
             self._told = told
 
 

@@ -25,7 +25,7 @@ from pathlib import Path
 
 from fusesnap import fuse_mount, handover
 from fusesnap.child import GRACE, Check, Child, Process, log
-from fusesnap.daemon_lock import DaemonLock, InUse
+from fusesnap.daemon_lock import DaemonLock, InUse, Unusable
 from fusesnap.fuse_mount import Connection, MountFailure
 from fusesnap.handover import Handover
 from fusesnap.relay import Relay
@@ -178,6 +178,7 @@ class Supervisor:
             elapsed, last = min(now - last, 2 * TICK), now
             for child in self.children:
                 child.tend(now, elapsed)
+            self.give_up()
             if self.connection.lost:
                 self.mount_again()
             self.manager.beat(now)
@@ -203,6 +204,12 @@ class Supervisor:
             else:
                 self.lines[descriptor].hear()
         return signals
+
+    def give_up(self) -> None:
+        """End where a child has said, before the daemon ever served, that it cannot: somebody waits for an answer."""
+        for child in self.children:
+            if child.refused and child.old is None and not self.announced:
+                raise SystemExit(child.refused)
 
     def mount_again(self) -> None:
         """Somebody has unmounted or aborted our mount. Who used it has got errors; others shall be served."""
@@ -336,7 +343,7 @@ def main() -> None:
     """Run with the settings and the command that made them."""
     try:
         Supervisor(sys.argv[1], sys.argv[2:], ServiceManager(os.environ)).run()
-    except (InUse, MountFailure) as error:
+    except (InUse, MountFailure, Unusable) as error:
         sys.stderr.write(f"fusesnap: {error}\n")
         raise SystemExit(error.status) from None
 

@@ -9,11 +9,11 @@ import click
 from fusesnap.cli.cancel import cancel
 from fusesnap.cli.completion import completion
 from fusesnap.cli.daemon import daemon
-from fusesnap.cli.exit_codes import exit_code, table
 from fusesnap.cli.mount import mount
 from fusesnap.cli.prefetch import prefetch
 from fusesnap.cli.status import status
 from fusesnap.errors import FusesnapError
+from fusesnap.exit_codes import exit_code, table
 
 EPILOG = f"""\b
 A first success, without containers:

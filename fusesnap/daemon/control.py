@@ -15,7 +15,13 @@ from typing import Any
 
 import trio
 
-from fusesnap.errors import DeadlineExceeded, FusesnapError, InvalidData, Unavailable
+from fusesnap.errors import (
+    DeadlineExceeded,
+    FusesnapError,
+    InvalidConfiguration,
+    InvalidData,
+    Unavailable,
+)
 
 log = logging.getLogger(__name__)
 
@@ -25,6 +31,8 @@ MAX_LINE = 4 * 1024 * 1024
 ANSWER_WITHIN = (
     10.0  # seconds; the other side is a process of this machine that only looks into its memory
 )
+
+MAX_SOCKET_PATH = 107  # unix(7)
 
 Answer = Callable[[Mapping[str, Any]], Awaitable[dict[str, Any]]]
 
@@ -110,6 +118,10 @@ def _listen(path: Path) -> trio.socket.SocketType:
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
     # Bound under another name and renamed over the live one: there is no moment without a listener.
     fresh = path.with_name(f"{path.name}.{os.getpid()}")
+    if len(os.fsencode(fresh)) > MAX_SOCKET_PATH:
+        raise InvalidConfiguration(
+            f"{path}: a unix socket's path has at most {MAX_SOCKET_PATH} bytes: use a shorter root"
+        )
     fresh.unlink(missing_ok=True)
     old_mask = os.umask(0o077)
     try:

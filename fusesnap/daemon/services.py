@@ -20,7 +20,7 @@ from fusesnap.config import Settings, check
 from fusesnap.daemon import control
 from fusesnap.daemon.build import Node, open_node, plain_errors
 from fusesnap.daemon.lazy_layer import WorkerMount
-from fusesnap.daemon.logs import log_to_stderr
+from fusesnap.daemon.logs import explained, log_to_stderr
 from fusesnap.daemon.path_source import HintingPathSource
 from fusesnap.daemon.signals import stop_on_signal
 from fusesnap.daemon.turn import wait_for_turn
@@ -86,7 +86,8 @@ def main() -> None:
     wait_for_turn(int(ready))
     values = json.loads(given)
     values.pop("readahead")
-    trio.run(run, check(values, "fusesnap daemon"), int(ready))
+    with explained("services"):
+        trio.run(run, check(values, "fusesnap daemon"), int(ready))
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ import trio
 from fusesnap.config import Settings, check
 from fusesnap.daemon import control
 from fusesnap.daemon.build import Node, open_node, plain_errors
-from fusesnap.daemon.logs import log_to_stderr
+from fusesnap.daemon.logs import explained, log_to_stderr
 from fusesnap.daemon.readers import identify, is_dying, is_thread_of
 from fusesnap.daemon.signals import stop_on_signal
 from fusesnap.daemon.status import status_of_wait, worker_status
@@ -162,7 +162,9 @@ def main() -> None:
     wait_for_turn(int(ready))
     values = json.loads(given)
     values.pop("readahead")
-    trio.run(serve, check(values, "fusesnap daemon"), fuse, bytes.fromhex(init_request), int(ready))
+    settings = check(values, "fusesnap daemon")
+    with explained("worker"):
+        trio.run(serve, settings, fuse, bytes.fromhex(init_request), int(ready))
 
 
 if __name__ == "__main__":

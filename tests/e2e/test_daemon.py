@@ -101,6 +101,35 @@ def test_a_file_that_holds_an_unknown_key_is_refused_by_name(work: Path) -> None
     assert f"{work}/fusesnap.toml: unknown key 'substitutors'; known are" in done.stderr
 
 
+def test_an_address_that_cannot_be_used_ends_the_daemon_with_a_reason(
+    cache: HttpCache, key: SigningKey, work: Path
+) -> None:
+    options = [*Source([cache.url], [key.public]).options, "--address", str(work / "none/x.sock")]
+    done = run_unchecked([PROGRAM, "daemon", "--root", work / "s", *options])
+    assert done.returncode == 74
+    assert f"cannot listen on {work}/none/x.sock: No such file or directory" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert str(work) not in Path("/proc/self/mountinfo").read_text()
+
+
+def test_a_root_that_cannot_be_made_ends_it_with_a_reason() -> None:
+    done = run_unchecked([PROGRAM, "daemon", "--root", "/dev/null/state"])
+    assert done.returncode == 74
+    assert (
+        done.stderr == "fusesnap: /dev/null/state: cannot be the state directory: Not a directory\n"
+    )
+
+
+def test_a_root_that_is_too_long_for_its_sockets_ends_it_too(
+    cache: HttpCache, key: SigningKey, work: Path
+) -> None:
+    options = [*Source([cache.url], [key.public]).options, "--address", str(work / "x.sock")]
+    done = run_unchecked([PROGRAM, "daemon", "--root", work / ("r" * 100), *options])
+    assert done.returncode == 78
+    assert "a unix socket's path has at most 107 bytes" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_it_reads_its_configuration_from_a_file(
     cache: HttpCache, key: SigningKey, work: Path
 ) -> None:
