@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import mmap
 import os
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
@@ -70,6 +71,23 @@ def test_a_store_path_shows_its_closure(
         for path in simple.closure.paths:
             expected = fingerprint(restored(nix_store, path, tmp_path), ".")
             assert without_times(fingerprint(tmp_path / "m", path)) == without_times(expected), path
+
+
+def test_files_can_be_mapped_and_the_free_space_is_the_stores(
+    cache: HttpCache, simple: SimpleClosure, nix_store: NixStore, key: SigningKey, tmp_path: Path
+) -> None:
+    with mounted(simple.root, tmp_path / "m", [cache.url], [key.public], tmp_path / "s"):
+        data = tmp_path / "m" / simple.large.lstrip("/") / "data"
+        expected = (nix_store.real(simple.large) / "data").read_bytes()
+        with data.open("rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as mapped:
+            # From the end, in pages: no order that read-ahead would hope for.
+            for start in range(len(mapped) - len(mapped) % 4096, -1, -4096 * 37):
+                assert mapped[start : start + 4096] == expected[start : start + 4096]
+            assert mapped[:] == expected
+        shown, real = os.statvfs(tmp_path / "m"), os.statvfs(tmp_path / "s")
+        assert (shown.f_blocks, shown.f_bsize) == (real.f_blocks, real.f_bsize)
+        with pytest.raises(OSError, match="Read-only file system"):
+            (tmp_path / "m/new").write_text("")
 
 
 def test_only_what_is_read_is_fetched(

@@ -1,0 +1,122 @@
+"""What may be said of a path before it is there, and what when it is not what it was said to be."""
+
+from __future__ import annotations
+
+import stat
+from collections.abc import AsyncIterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import trio
+
+from fusesnap.errors import FusesnapError, InvalidData, NotFound
+from fusesnap.fetch.flight import Reader
+from fusesnap.fetch.realiser import Limits, Realiser
+from fusesnap.fetch.unpacking import ThreadUnpackers
+from fusesnap.filesystem.error_counts import ErrorCounts
+from fusesnap.filesystem.inode import Inode, InodeKind
+from fusesnap.filesystem.open_files import OpenFiles
+from fusesnap.filesystem.store_nodes import StoreNodes
+from fusesnap.filesystem.waiting import WaitingRequests
+from fusesnap.nix.store_path import StoreDir
+from fusesnap.nix.tree import Tree
+from fusesnap.store.local_store import LocalStore
+from fusesnap.substituter.memory import MemorySubstituter
+from fusesnap.substituter.narinfo_cache import NarInfoCache
+from fusesnap.substituter.pool import SubstituterPool
+from fusesnap.substituter.retry import RetryPolicy
+
+from ..substituter.samples import KEY, TRUSTED, Sample, sample
+
+
+class Bench:
+    """Nodes over a real store and a cache in memory. Samples are single files."""
+
+    def __init__(self, store: LocalStore, nursery: trio.Nursery) -> None:
+        self.store = store
+        self.cache = MemorySubstituter()
+        self.opened: list[tuple[int, int]] = []
+        pool = SubstituterPool(
+            [self.cache],
+            store_dir=StoreDir(),
+            trusted_keys=TRUSTED,
+            narinfo_cache=NarInfoCache(":memory:", lambda: 0.0),
+            retry=RetryPolicy(attempts=1),
+            deadline=10.0,
+        )
+        realiser = Realiser(store, pool, ThreadUnpackers(store), nursery, Limits(), self.identify)
+        waiting = WaitingRequests(self.identify, ErrorCounts())
+        self.nodes = StoreNodes(store, realiser, OpenFiles(), waiting, self.note)
+
+    def identify(self, pid: int) -> Reader:
+        return Reader(pid, "test")
+
+    def note(self, ordinal: int, tree: Tree, index: int) -> None:
+        assert tree.entries[index]
+        self.opened.append((ordinal, index))
+
+    def publish(self, sample: Sample) -> None:
+        self.cache.publish(sample.info, sample.file)
+        self.store.pin(sample.info)
+
+
+@pytest.fixture
+async def bench(tmp_path: Path, nursery: trio.Nursery) -> AsyncIterator[Bench]:
+    with LocalStore.open(tmp_path / "state", StoreDir(), clock=lambda: 0.0) as store:
+        yield Bench(store, nursery)
+
+
+async def test_a_claimed_directory_is_one_unfetched_and_an_error_when_its_nar_says_file(
+    bench: Bench,
+) -> None:
+    hello = sample("hello")
+    bench.publish(hello)
+    root = bench.nodes.claimed_root(hello.path)
+    assert stat.S_ISDIR(root.mode)
+    inode = Inode.parse(root.inode)
+    assert bench.cache.requests == []
+    for ask in (bench.nodes.entries(inode, None), bench.nodes.lookup(inode, b"bin", None)):
+        with pytest.raises(InvalidData, match="placeholder says directory, its NAR says regular"):
+            await ask
+    # Overlayfs would take any answer but an error for an empty directory.
+    with pytest.raises(InvalidData, match="placeholder says directory, its NAR does not"):
+        bench.nodes.claimed_root(hello.path)
+
+
+async def test_a_path_that_no_image_names_is_an_error_and_no_absence(bench: Bench) -> None:
+    with pytest.raises(NotFound, match="no image on this node names it"):
+        bench.nodes.claimed_root(sample("unknown").path)
+
+
+async def test_files_are_read_from_any_place_and_opening_them_is_told(bench: Bench) -> None:
+    hello = sample("hello", size=300_000)
+    bench.publish(hello)
+    root = await bench.nodes.root(hello.path, 7, None)
+    inode = Inode.parse(root.inode)
+    assert (inode.kind, inode.view) == (InodeKind.STORE, 0)  # files are shared by all views
+    assert root.size == 300_000
+    await bench.nodes.open(inode, None)
+    assert bench.opened == [(inode.ordinal, 0)]
+    whole = await bench.nodes.read(inode, 0, 1 << 20)
+    assert len(whole) == 300_000
+    assert await bench.nodes.read(inode, 299_990, 4096) == whole[299_990:]
+    assert await bench.nodes.read(inode, 300_000, 4096) == b""
+
+
+async def test_what_cannot_be_verified_is_an_error_for_every_question(bench: Bench) -> None:
+    hello = sample("hello", compression="none")
+    bench.publish(Sample(hello.info, hello.file[:-16] + b"x" * 16))
+    with pytest.raises(FusesnapError):
+        await bench.nodes.root(hello.path, 1, None)
+    assert not bench.store.is_committed(hello.path)
+
+
+async def test_a_path_rebuilt_before_anything_was_shown_is_served_as_it_is_now(
+    bench: Bench,
+) -> None:
+    hello, other = sample("hello"), sample("other", size=77)
+    bench.store.pin(hello.info)
+    rebuilt = Sample(replace(other.info, store_path=hello.path), other.file).signed_by(KEY)
+    bench.cache.publish(rebuilt.info, rebuilt.file)
+    assert (await bench.nodes.root(hello.path, 1, None)).size == 77
