@@ -51,6 +51,7 @@ def test_a_living_process_is_named_and_alive() -> None:
 def test_a_stopped_process_with_a_signal_for_later_is_not_dying() -> None:
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
         process.send_signal(signal.SIGSTOP)
+        os.waitpid(process.pid, os.WUNTRACED)  # of two pending signals the lower number comes first
         process.send_signal(signal.SIGTERM)
         assert not is_dying(process.pid)
         process.kill()
