@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import tomllib
 from collections.abc import Iterable
@@ -158,6 +159,13 @@ def check(values: dict[str, Any], source: str) -> Settings:
         raise InvalidConfiguration(
             "\n".join(_explain(source, problem) for problem in error.errors())
         ) from error
+
+
+def handed_down(text: str) -> Settings:
+    """The settings that ``fusesnap daemon`` checked and the supervisor handed on, with what that needed beside them."""
+    values = json.loads(text)
+    values.pop("readahead")
+    return check(values, "fusesnap daemon")
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -7,7 +7,6 @@ say that we serve.
 from __future__ import annotations
 
 import ctypes
-import json
 import os
 import signal
 import sys
@@ -16,7 +15,7 @@ from functools import partial
 
 import trio
 
-from fusesnap.config import Settings, check
+from fusesnap.config import Settings, handed_down
 from fusesnap.daemon import control
 from fusesnap.daemon.build import Node, open_node, plain_errors
 from fusesnap.daemon.lazy_layer import WorkerMount
@@ -84,10 +83,9 @@ def main() -> None:
     die_with_parent()
     log_to_stderr()
     wait_for_turn(int(ready))
-    values = json.loads(given)
-    values.pop("readahead")
+    settings = handed_down(given)
     with explained("services"):
-        trio.run(run, check(values, "fusesnap daemon"), int(ready))
+        trio.run(run, settings, int(ready))
 
 
 if __name__ == "__main__":

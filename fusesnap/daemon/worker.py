@@ -7,7 +7,6 @@ line to the supervisor (see ``turn``).
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Callable, Mapping
@@ -18,7 +17,7 @@ from typing import Any
 import pyfuse3
 import trio
 
-from fusesnap.config import Settings, check
+from fusesnap.config import Settings, handed_down
 from fusesnap.daemon import control
 from fusesnap.daemon.build import Node, open_node, plain_errors
 from fusesnap.daemon.logs import explained, log_to_stderr
@@ -160,9 +159,7 @@ def main() -> None:
     given, fuse, init_request, ready = sys.argv[1:]
     log_to_stderr()
     wait_for_turn(int(ready))
-    values = json.loads(given)
-    values.pop("readahead")
-    settings = check(values, "fusesnap daemon")
+    settings = handed_down(given)
     with explained("worker"):
         trio.run(serve, settings, fuse, bytes.fromhex(init_request), int(ready))
 
