@@ -22,6 +22,9 @@ log = logging.getLogger(__name__)
 RECEIVE = 65536
 # Seconds for a process to finish the piece that it is at, and throw away the rest.
 GRACE = 10.0
+# Seconds for it to take a frame. It does one thing at a time: a commit of a large NAR may have to be on a slow disk
+# first. One that takes longer hangs, or is stopped.
+STALLED = 60.0
 
 
 class UnpackProcesses:
@@ -63,10 +66,7 @@ class UnpackProcesses:
             await process.send(Frame(job.number, FrameKind.BEGIN, info.to_text().encode()))
             yield job
         finally:
-            with trio.move_on_after(
-                GRACE, shield=True
-            ):  # the process has to finish one piece first
-                await process.end(job)
+            await process.end(job)
 
     async def all_ready(self) -> None:
         """Return when all that run can take NARs, or are gone."""
@@ -131,10 +131,14 @@ class _Process:
         return job
 
     async def end(self, job: _ProcessUnpacking) -> None:
+        """Have a NAR dropped that was not committed."""
         try:
-            if not job.answered:
-                await self.send(Frame(job.number, FrameKind.DROP))
-                await job.landed()
+            with trio.move_on_after(GRACE, shield=True) as patience:
+                if not job.answered:
+                    await self.send(Frame(job.number, FrameKind.DROP))
+                    await job.landed()
+            if patience.cancelled_caught:
+                self._give_up()
         except UnpackerDied:
             pass  # then there is nothing to drop
         finally:
@@ -143,11 +147,20 @@ class _Process:
     async def send(self, frame: Frame) -> None:
         # A frame that is cut short would garble all that follow: once begun it is sent to its end.
         async with self._sending:
-            with trio.CancelScope(shield=True):
+            with trio.move_on_after(STALLED, shield=True) as patience:
                 try:
                     await self._stream.send_all(frame.encode())
                 except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
                     raise UnpackerDied(f"unpack process {self.pid} is gone") from error
+        if patience.cancelled_caught:
+            self._give_up()
+            raise UnpackerDied(f"unpack process {self.pid} took nothing for {STALLED:g} s: killed")
+
+    def _give_up(self) -> None:
+        """It hangs: the next NAR gets another."""
+        log.warning("unpack process %d hangs or is stopped: killed", self.pid)
+        self.alive = False
+        self._process.kill()
 
     async def receive(self) -> None:
         """Hand answers to their jobs until the process is gone."""

@@ -17,6 +17,9 @@ from fusesnap.filesystem.inode import MAX_VIEW
 from fusesnap.nix.store_path import StorePath
 from fusesnap.store.storage_errors import storage
 
+# What a view shows is looked up for each name in it; each holds some 100 bytes a path. More are not in use at once.
+KEPT = 256
+
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS views (
     ordinal INTEGER PRIMARY KEY AUTOINCREMENT,
@@ -82,6 +85,8 @@ class Views:
         if row is None:
             return None
         paths = frozenset(StorePath.parse_base_name(line) for line in row[0].splitlines())
+        if len(self._known) >= KEPT:
+            self._known.clear()
         self._known[ordinal] = paths
         return paths
 

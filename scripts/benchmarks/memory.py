@@ -346,7 +346,10 @@ def bench(
         cache = stack.enter_context(http_cache(files, directory / "nginx"))
         ports.append(cache.port)
         source = Source([cache.url], [key.public])
-        daemon = stack.enter_context(fusesnap_daemon(directory / "s", source=source))
+        options = ["--relay", arguments.relay]
+        daemon = stack.enter_context(
+            fusesnap_daemon(directory / "s", source=source, options=options)
+        )
         channel = stack.enter_context(grpc.insecure_channel(f"unix:{daemon.address}"))
         client = Client(channel, directory / "m")
         stack.callback(client.close)
@@ -438,6 +441,7 @@ def _arguments() -> argparse.Namespace:
     add("--mounts", type=_positive, default=1000, help="snapshots mounted at once (1000)")
     add("--readers", type=_positive, default=8, help="readers at once (8)")
     add("--compression", choices=COMPRESSORS, default="zstd", help="of the NARs (zstd)")
+    add("--relay", choices=("never", "always"), default="never", help="relay mode (never)")
     add("--work", type=Path, default=Path(tempfile.gettempdir()), help="where there is room for it")
     add("--json", action="store_true", help="print one JSON object, sizes in bytes")
     return parser.parse_args()

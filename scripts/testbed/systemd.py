@@ -10,7 +10,7 @@ from testbed.processes import Service, run, run_unchecked, running
 
 # Below these a node's administrator puts files: the machine's own show through, what is put there stays in the space.
 WRITABLE = ("/etc", "/usr/local/bin", "/var/lib")
-# In the namespaces, before systemd. A boot changes a machine: the distribution's units empty /tmp, set kernel parameters
+# In the namespaces, before systemd. A boot changes a machine: a distribution's units empty /tmp, set kernel parameters
 # and start what is installed. So none of them is there, and the machine's files cannot be written.
 PREPARE = """\
 set -eu

@@ -31,7 +31,7 @@ def check(outcome: Outcome, events: int) -> None:
     assert outcome.accesses > 0
 
 
-@pytest.mark.parametrize(("relay", "kills"), [("", 40), ("always", 20)], ids=["direct", "relay"])
+@pytest.mark.parametrize(("relay", "kills"), [("", 60), ("always", 40)], ids=["direct", "relay"])
 def test_no_reader_notices_that_the_worker_is_killed(
     materials: Materials, relay: str, kills: int
 ) -> None:

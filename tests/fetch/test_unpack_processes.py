@@ -8,8 +8,9 @@ import sys
 
 import pytest
 import trio
+import trio.testing
 
-from fusesnap.fetch.unpack_processes import UnpackProcesses
+from fusesnap.fetch.unpack_processes import GRACE, STALLED, UnpackProcesses
 from fusesnap.fetch.unpacking import ThreadUnpackers, UnpackerDied
 from fusesnap.store.local_store import LocalStore
 
@@ -82,6 +83,54 @@ async def test_a_process_that_is_killed_says_so_and_is_replaced(
         await unpacking.commit()
     assert store.is_committed(hello.path)
     assert len(unpackers.pids()) == 1
+
+
+async def test_one_that_is_stopped_is_killed_when_it_takes_no_more(
+    store: LocalStore, nursery: trio.Nursery, mock_clock: trio.testing.MockClock
+) -> None:
+    unpackers = await processes(store, nursery)
+    (stopped,) = unpackers.pids()
+    large = sample("large", size=5_000_000)
+    pin = store.pin(large.info)
+    os.kill(stopped, signal.SIGSTOP)
+
+    async def feed() -> None:
+        with pytest.raises(UnpackerDied, match=f"unpack process {stopped} took nothing"):
+            async with unpackers.unpacking(pin, large.info) as unpacking:
+                while True:  # more than any socket buffers
+                    await unpacking.feed(large.file)
+
+    async with trio.open_nursery() as feeding:
+        feeding.start_soon(feed)
+        await trio.testing.wait_all_tasks_blocked()
+        mock_clock.jump(STALLED)
+    assert stopped not in unpackers.pids()
+
+
+async def test_one_that_is_stopped_is_killed_when_it_does_not_let_go(
+    store: LocalStore, nursery: trio.Nursery, mock_clock: trio.testing.MockClock
+) -> None:
+    unpackers = await processes(store, nursery)
+    (stopped,) = unpackers.pids()
+    hello = sample("hello")
+    pin = store.pin(hello.info)
+    os.kill(stopped, signal.SIGSTOP)
+
+    given_up = trio.CancelScope()
+
+    async def wait_for_commit() -> None:
+        with given_up:
+            async with unpackers.unpacking(pin, hello.info) as unpacking:
+                await unpacking.feed(hello.file)
+                await unpacking.commit()
+
+    async with trio.open_nursery() as waiting:
+        waiting.start_soon(wait_for_commit)
+        await trio.testing.wait_all_tasks_blocked()
+        given_up.cancel()
+        await trio.testing.wait_all_tasks_blocked()
+        mock_clock.jump(GRACE)
+    assert stopped not in unpackers.pids()
 
 
 async def test_they_end_with_whoever_started_them(store: LocalStore) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from fusesnap.errors import StorageFailure, Unsupported
 from fusesnap.filesystem.inode import MAX_VIEW
-from fusesnap.filesystem.views import Views
+from fusesnap.filesystem.views import KEPT, Views
 from fusesnap.nix.store_path import StorePath
 
 ONE = StorePath("0" * 32, "one")
@@ -39,6 +39,17 @@ def test_a_number_that_no_inode_can_hold_is_refused(tmp_path: Path) -> None:
     with pytest.raises(Unsupported, match=f"view {MAX_VIEW + 1} is beyond {MAX_VIEW}"):
         views.ordinal([TWO])
     assert views.ordinal([ONE]) == first
+    views.close()
+
+
+def test_of_many_views_each_shows_its_own(tmp_path: Path) -> None:
+    views = Views(tmp_path / "views.sqlite")
+    paths = [StorePath(ONE.hash_part, f"path-{number}") for number in range(2 * KEPT)]
+    ordinals = [views.ordinal([path]) for path in paths]
+    for _ in range(2):
+        assert [views.paths(ordinal) for ordinal in ordinals] == [
+            frozenset([path]) for path in paths
+        ]
     views.close()
 
 
