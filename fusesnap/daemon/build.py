@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ssl
 import sys
 import time
 from collections.abc import AsyncIterator, Iterator
@@ -22,7 +23,7 @@ from fusesnap.fetch.unpacking import ThreadUnpackers
 from fusesnap.nix.signature import PublicKey, TrustedKeys
 from fusesnap.nix.store_path import StoreDir
 from fusesnap.store.local_store import LocalStore
-from fusesnap.substituter.client import make_client, open_substituter
+from fusesnap.substituter.client import make_client, open_substituter, tls_context
 from fusesnap.substituter.http import Timeouts
 from fusesnap.substituter.narinfo_cache import NarInfoCache
 from fusesnap.substituter.pool import SubstituterPool
@@ -87,24 +88,42 @@ def timeouts(settings: Settings) -> Timeouts:
     return Timeouts(fetch.connect_timeout, fetch.idle_timeout, fetch.lookup_timeout)
 
 
-def open_client(settings: Settings, *, http2: bool, connections: int) -> httpx.AsyncClient:
+@dataclass(frozen=True, slots=True)
+class Authorities:
+    """Who is trusted to name servers, for the one client and for the other."""
+
+    lookups: ssl.SSLContext
+    transfers: ssl.SSLContext
+
+    @classmethod
+    def load(cls) -> Authorities:
+        """Those that the system, certifi and the environment name."""
+        return cls(tls_context(trust_env=True), tls_context(trust_env=True))
+
+
+def open_client(
+    settings: Settings, tls: ssl.SSLContext, *, http2: bool, connections: int
+) -> httpx.AsyncClient:
     """A client with the environment's proxies and certificate authorities."""
     return make_client(
         http2=http2,
         max_connections=connections,
         timeouts=timeouts(settings),
         trust_env=True,
+        tls=tls,
         netrc_file=settings.netrc_file,
         user_agent=f"fusesnap/{version('fusesnap')}",
     )
 
 
 async def open_pool(
-    settings: Settings, store_dir: StoreDir, stack: AsyncExitStack
+    settings: Settings, store_dir: StoreDir, authorities: Authorities, stack: AsyncExitStack
 ) -> SubstituterPool:
     """The substituters that the settings name; what they hold is closed with ``stack``."""
-    lookups = open_client(settings, http2=True, connections=LOOKUP_CONNECTIONS)
-    transfers = open_client(settings, http2=False, connections=settings.fetch.transfers)
+    lookups = open_client(settings, authorities.lookups, http2=True, connections=LOOKUP_CONNECTIONS)
+    transfers = open_client(
+        settings, authorities.transfers, http2=False, connections=settings.fetch.transfers
+    )
     await stack.enter_async_context(lookups)
     await stack.enter_async_context(transfers)
     cache = NarInfoCache(settings.root / "narinfo-cache.sqlite", time.time)
@@ -131,13 +150,18 @@ def unpack_command(settings: Settings) -> list[str]:
 
 
 @asynccontextmanager
-async def open_node(settings: Settings) -> AsyncIterator[Node]:
-    """The objects of one state directory, with everything closed and every transfer ended when the block is left."""
+async def open_node(
+    settings: Settings, authorities: Authorities | None = None
+) -> AsyncIterator[Node]:
+    """The objects of one state directory, with everything closed and every transfer ended when the block is left.
+
+    ``authorities``, where they were loaded before: to do so takes longer than all the rest.
+    """
     store_dir = StoreDir(settings.store_dir)
     store = await trio.to_thread.run_sync(open_store, settings, store_dir)
     async with AsyncExitStack() as stack:
         stack.callback(store.close)
-        pool = await open_pool(settings, store_dir, stack)
+        pool = await open_pool(settings, store_dir, authorities or Authorities.load(), stack)
         nursery = await stack.enter_async_context(trio.open_nursery())
         limits = Limits(
             settings.fetch.transfers, settings.fetch.lookups, settings.fetch.stall_timeout

@@ -11,7 +11,7 @@ import fusesnap.daemon.services
 import fusesnap.daemon.worker
 import fusesnap.supervisor  # noqa: F401
 from fusesnap.config import Settings
-from fusesnap.daemon.build import open_pool
+from fusesnap.daemon.build import Authorities, open_pool
 from fusesnap.nix.store_path import StoreDir
 
 
@@ -20,6 +20,6 @@ def check_caches(settings: Settings) -> None:
 
     async def opened() -> None:
         async with AsyncExitStack() as stack:
-            await open_pool(settings, StoreDir(settings.store_dir), stack)
+            await open_pool(settings, StoreDir(settings.store_dir), Authorities.load(), stack)
 
     trio.run(opened)

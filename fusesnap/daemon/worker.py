@@ -19,7 +19,7 @@ import trio
 
 from fusesnap.config import Settings, handed_down
 from fusesnap.daemon import control
-from fusesnap.daemon.build import Node, open_node, plain_errors
+from fusesnap.daemon.build import Authorities, Node, open_node, plain_errors
 from fusesnap.daemon.logs import explained, log_to_stderr
 from fusesnap.daemon.readers import identify, is_dying, is_thread_of
 from fusesnap.daemon.signals import stop_on_signal
@@ -54,11 +54,12 @@ class Worker:
     send_again: Callable[[], object]
 
 
-async def serve(settings: Settings, fuse: str, init_request: bytes, ready: int) -> None:
+async def serve(
+    settings: Settings, authorities: Authorities, fuse: str, init_request: bytes, ready: int
+) -> None:
     """Serve until SIGTERM or until the mount is gone."""
     with plain_errors():
-        async with open_node(settings) as node:
-            node.unpackers.start()  # so that the first reader does not wait for a process too
+        async with open_node(settings, authorities) as node:
             open_files = OpenFiles()
             views = Views(settings.root / "views.sqlite")
             waiting = WaitingRequests(identify, ErrorCounts())
@@ -95,6 +96,8 @@ async def answer(worker: Worker, ready: int) -> None:
         address = worker.node.settings.root / control.SOCKET_NAME
         await nursery.start(control.serve, address, calls(worker))
         nursery.start_soon(say_alive, ready)
+        # Not before the mount is joined: those who wait for an answer wait longer than those who wait for a path.
+        worker.node.unpackers.start()
         await answer_requests(MAX_TASKS, worker.send_again)
         nursery.cancel_scope.cancel()
 
@@ -158,10 +161,11 @@ def main() -> None:
     """Run."""
     given, fuse, init_request, ready = sys.argv[1:]
     log_to_stderr()
+    authorities = Authorities.load()  # readers wait for what comes after the turn
     wait_for_turn(int(ready))
     settings = handed_down(given)
     with explained("worker"):
-        trio.run(serve, settings, fuse, bytes.fromhex(init_request), int(ready))
+        trio.run(serve, settings, authorities, fuse, bytes.fromhex(init_request), int(ready))
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ def make_client(
     trust_env: bool = False,
     netrc_file: Path | None = None,
     ca_file: Path | None = None,
+    tls: ssl.SSLContext | None = None,
     proxy: str | None = None,
     user_agent: str = "fusesnap",
 ) -> httpx.AsyncClient:
@@ -38,11 +39,13 @@ def make_client(
     ``trust_env`` takes proxies and ``SSL_CERT_FILE`` from the environment, ``proxy`` is one for
     everything.
     ``netrc_file`` holds user names and passwords by host. ``ca_file`` replaces the certificate
-    authorities that the system and certifi know. Raises InvalidConfiguration that names the file.
+    authorities that the system and certifi know. ``tls`` is a :func:`tls_context` made before, for
+    this client alone: a connection sets in it which versions of HTTP it offers. Raises
+    InvalidConfiguration that names the file.
     """
     return httpx.AsyncClient(
         http2=http2,
-        verify=_tls_context(ca_file, trust_env=trust_env),
+        verify=tls or tls_context(ca_file, trust_env=trust_env),
         limits=httpx.Limits(
             max_connections=max_connections,
             max_keepalive_connections=max_connections,
@@ -75,7 +78,11 @@ def open_substituter(
     )
 
 
-def _tls_context(ca_file: Path | None, *, trust_env: bool) -> ssl.SSLContext:
+def tls_context(ca_file: Path | None = None, *, trust_env: bool = False) -> ssl.SSLContext:
+    """What decides whose certificates are accepted, see :func:`make_client`.
+
+    To read all certificate authorities takes some 30 ms of CPU.
+    """
     if ca_file is None:
         # certifi's, and what the operator added to the system's.
         context = httpx.create_ssl_context(trust_env=trust_env)
