@@ -85,19 +85,19 @@ class Directories:
         temporary.rename(place)
         _sync(self._root)
 
-    def set_orphans_aside(self, ids: set[int]) -> list[Path]:
-        """Rename what no snapshot of ``ids`` owns to names that none will have; says which. Raises ``StorageFailure``.
+    def set_orphans_aside(self, ids: set[int]) -> dict[Path, Path]:
+        """Rename what no snapshot of ``ids`` owns to names that none will have. Raises ``StorageFailure``.
 
-        Only right within a transaction that writes: directories are made in one.
+        Returns what each was before. Only right within a transaction that writes: directories are made in one.
         """
         owned = {str(id_) for id_ in ids}
-        aside = []
+        aside = {}
         with storage("list", self._root):
             for entry in sorted(self._root.iterdir()):
                 if entry.name.startswith(REMOVED):
-                    aside.append(entry)
+                    aside[entry] = entry
                 elif entry.name not in owned:
-                    aside.append(entry.rename(self._root / f"{REMOVED}{secrets.token_hex(8)}"))
+                    aside[entry.rename(self._root / f"{REMOVED}{secrets.token_hex(8)}")] = entry
         return aside
 
     def missing(self, ids: set[int]) -> list[int]:

@@ -10,7 +10,12 @@ from typing import Final
 
 import trio
 
-from fusesnap.errors import FailedPrecondition, InvalidArgument, StorageFailure, Unsupported
+from fusesnap.errors import (
+    FailedPrecondition,
+    StorageFailure,
+    Unavailable,
+    Unsupported,
+)
 from fusesnap.nix.store_path import StoreDir
 from fusesnap.snapshots import overlay
 from fusesnap.snapshots.completion import complete
@@ -26,6 +31,7 @@ from fusesnap.snapshots.interface import (
     Snapshots,
     Usage,
 )
+from fusesnap.snapshots.labels import checked_labels, masked
 from fusesnap.snapshots.layer_content import OPAQUE_XATTR
 from fusesnap.snapshots.metastore import Metastore
 from fusesnap.snapshots.mountinfo import OverlayMount, overlay_mounts
@@ -39,8 +45,6 @@ from fusesnap.store.storage_errors import storage
 
 log = logging.getLogger(__name__)
 
-# containerd's API: "The combined size of a key/value pair cannot exceed 4096 bytes."
-MAX_LABEL_SIZE: Final = 4096
 # Keys under which containerd unpacks layers: "<namespace>/<n>/extract-<unique> <chain id>".
 UNPACK_PREFIX: Final = "extract-"
 
@@ -118,11 +122,11 @@ class Snapshotter(Snapshots):
 
     async def update(self, info: Info, fields: Sequence[str] = ()) -> Info:
         """See :class:`Snapshots`."""
-        given = _checked_labels(info.labels)
+        given = checked_labels(info.labels)
 
         def write() -> Info:
             with self._metastore.writing() as transaction:
-                labels = _masked(transaction.snapshot(info.name).info.labels, given, fields)
+                labels = masked(transaction.snapshot(info.name).info.labels, given, fields)
                 return transaction.update_labels(info.name, labels, self._now()).info
 
         return await trio.to_thread.run_sync(write)
@@ -133,9 +137,13 @@ class Snapshotter(Snapshots):
         if snapshot.info.kind is not Kind.ACTIVE:
             return snapshot.usage
         # Only reads, and may take long: a caller that goes away need not be waited for.
-        return await trio.to_thread.run_sync(
-            disk_usage, self._directories.fs(snapshot.id), abandon_on_cancel=True
-        )
+        try:
+            return await trio.to_thread.run_sync(
+                disk_usage, self._directories.fs(snapshot.id), abandon_on_cancel=True
+            )
+        except StorageFailure:
+            await trio.to_thread.run_sync(self._check_there, snapshot)
+            raise
 
     async def walk(self, matches: Callable[[Info], bool] | None = None) -> Sequence[Info]:
         """See :class:`Snapshots`."""
@@ -153,11 +161,11 @@ class Snapshotter(Snapshots):
         Where labels name store paths, they are admitted here already: containerd holds its own database's lock
         during Commit, and an image that cannot be had should fail before its layers are fetched.
         """
-        return await self._create(Kind.ACTIVE, key, parent, _checked_labels(labels))
+        return await self._create(Kind.ACTIVE, key, parent, checked_labels(labels))
 
     async def view(self, key: str, parent: str, labels: Mapping[str, str]) -> Sequence[Mount]:
         """See :class:`Snapshots`."""
-        return await self._create(Kind.VIEW, key, parent, _checked_labels(labels))
+        return await self._create(Kind.VIEW, key, parent, checked_labels(labels))
 
     async def mounts(self, key: str) -> Sequence[Mount]:
         """See :class:`Snapshots`.
@@ -185,14 +193,14 @@ class Snapshotter(Snapshots):
         if generation is None:
             plan = await self._views.plan(chain, self._image_layers(chain))
             generation = plan.generation
-            await trio.to_thread.run_sync(self._answer_with, key, plan)
+            await trio.to_thread.run_sync(self._answer_with, snapshot, chain, plan)
         return self._mounts(snapshot.id, snapshot.info.kind, chain, generation)
 
     async def commit(
         self, name: str, key: str, labels: Mapping[str, str], parent: str = ""
     ) -> None:
         """See :class:`Snapshots`."""
-        labels = _checked_labels(labels)
+        labels = checked_labels(labels)
 
         def check() -> tuple[Snapshot, Chain]:
             with self._metastore.reading() as transaction:
@@ -201,10 +209,14 @@ class Snapshotter(Snapshots):
 
         active, chain = await trio.to_thread.run_sync(check)
         all_labels = {**active.info.labels, **labels}
-        facts = await self._nix.facts(
-            self._directories.fs(active.id), all_labels, chain.paths, self._image_layers(chain)
-        )
-        await trio.to_thread.run_sync(self._commit, active.id, key, name, parent, labels, facts)
+        try:
+            facts = await self._nix.facts(
+                self._directories.fs(active.id), all_labels, chain.paths, self._image_layers(chain)
+            )
+            await trio.to_thread.run_sync(self._commit, active, chain, key, name, labels, facts)
+        except StorageFailure:
+            await trio.to_thread.run_sync(self._check_there, active)
+            raise
 
     async def remove(self, key: str) -> None:
         """See :class:`Snapshots`."""
@@ -242,28 +254,34 @@ class Snapshotter(Snapshots):
         plan = None
         if _shows_store(key, chain):
             plan = await self._views.plan(chain, self._image_layers(chain))
-        id_ = await trio.to_thread.run_sync(self._insert, kind, key, parent, labels, plan)
+        id_ = await trio.to_thread.run_sync(self._insert, kind, key, parent, labels, chain, plan)
         return self._mounts(id_, kind, chain, plan.generation if plan is not None else None)
 
     def _insert(
-        self, kind: Kind, key: str, parent: str, labels: Mapping[str, str], plan: Plan | None
+        self,
+        kind: Kind,
+        key: str,
+        parent: str,
+        labels: Mapping[str, str],
+        chain: Chain,
+        plan: Plan | None,
     ) -> int:
         if plan is not None:
             self._build(plan)  # may take long: not while others wait for their turn to write
         with self._metastore.writing() as transaction:
             id_ = transaction.create(kind, key, parent, labels, self._now()).id
-            parent_id = transaction.snapshot(parent).id if parent else None
+            parent_id = _same_parent(transaction, parent, chain)
             if plan is not None:
                 self._record(transaction, id_, parent_id, plan)
             self._directories.create(id_, kind, parent_id)
         return id_
 
-    def _answer_with(self, key: str, plan: Plan) -> None:
+    def _answer_with(self, snapshot: Snapshot, chain: Chain, plan: Plan) -> None:
         self._build(plan)
         with self._metastore.writing() as transaction:
-            snapshot = transaction.snapshot(key)
-            parent = transaction.snapshot(snapshot.info.parent)
-            self._record(transaction, snapshot.id, parent.id, plan)
+            _check_same(snapshot, transaction.snapshot(snapshot.info.name))
+            parent_id = _same_parent(transaction, snapshot.info.parent, chain)
+            self._record(transaction, snapshot.id, parent_id, plan)
 
     def _build(self, plan: Plan) -> None:
         for farm in plan.farms:
@@ -280,13 +298,14 @@ class Snapshotter(Snapshots):
 
     def _commit(
         self,
-        id_: int,
+        active: Snapshot,
+        chain: Chain,
         key: str,
         name: str,
-        parent: str,
         labels: Mapping[str, str],
         facts: NixFacts,
     ) -> None:
+        id_, parent = active.id, active.info.parent
         usage = disk_usage(self._directories.fs(id_))
         if facts.overridden.completed:
             complete(
@@ -296,6 +315,8 @@ class Snapshotter(Snapshots):
                 self._store_dir,
             )
         with self._metastore.writing() as transaction:
+            _check_same(active, transaction.check_commit(key, name, parent))
+            _same_parent(transaction, parent, chain)
             transaction.commit(
                 key, name, parent, labels=labels, usage=usage, nix=facts, now=self._now()
             )
@@ -351,6 +372,10 @@ class Snapshotter(Snapshots):
         with self._metastore.reading() as transaction:
             return transaction.snapshot(key)
 
+    def _check_there(self, seen: Snapshot) -> None:
+        """Raise if a snapshot was removed meanwhile, which explains why nothing can be read of it."""
+        _check_same(seen, self._read(seen.info.name))
+
     def _recover(self) -> None:
         self._check_store_layer()
         for leftover in (*self._farms.remove_unfinished(), *self._sweep()):
@@ -374,21 +399,39 @@ class Snapshotter(Snapshots):
             raise Unsupported(f"{path}: expected {OPAQUE_XATTR} = 'y', got {opaque!r}")
 
     def _sweep(self) -> list[Path]:
-        """Remove what no snapshot owns; says what there was. What cannot be removed is left for the next time."""
+        """Remove what no snapshot owns; says what it was. What cannot be removed is left for the next time."""
         with self._metastore.writing() as transaction:
-            rubbish = [
-                *self._directories.set_orphans_aside(transaction.ids()),
-                *self._farms.set_aside_unused(transaction.farms(), overlay_mounts()),
-            ]
-        for path in rubbish:
+            rubbish = self._directories.set_orphans_aside(transaction.ids())
+            farms = self._farms.set_aside_unused(transaction.farms(), overlay_mounts())
+            rubbish.update((farm, farm) for farm in farms)
+        removed = []
+        for path, former in rubbish.items():
             try:
                 remove_tree(path)
             except StorageFailure as error:
                 log.warning("%s", error)
-        return rubbish
+            else:
+                removed.append(former)
+        return removed
 
     def _now(self) -> int:
         return int(self._clock() * 1_000_000) * 1_000  # a float has no nanoseconds to give
+
+
+def _check_same(seen: Snapshot, now: Snapshot) -> None:
+    """Raise ``Unavailable`` if a key belongs to another snapshot by now."""
+    if seen.id != now.id:
+        raise Unavailable(f"snapshot {now.info.name!r} was removed and made anew meanwhile")
+
+
+def _same_parent(transaction: Transaction, parent: str, chain: Chain) -> int | None:
+    """The id of ``parent``, the top of ``chain``. Raises ``Unavailable`` if the name is another snapshot's by now."""
+    if not parent:
+        return None
+    found = transaction.parent(parent)
+    if found.id != chain.layers[0].id:
+        raise Unavailable(f"parent snapshot {parent!r} was removed and made anew meanwhile")
+    return found.id
 
 
 def _shows_store(key: str, chain: Chain) -> bool:
@@ -403,34 +446,3 @@ def _used(answered: Sequence[Generation], mounts: Sequence[OverlayMount]) -> Gen
         if any(mount.names_all(generation.farms) for mount in mounts):
             return generation
     return None
-
-
-def _checked_labels(labels: Mapping[str, str]) -> dict[str, str]:
-    """Labels as they are stored: an empty value is no label, as in containerd."""
-    for key, value in labels.items():
-        size = len(key.encode()) + len(value.encode())
-        if size > MAX_LABEL_SIZE:
-            raise InvalidArgument(
-                f"label {key[:64]!r}: expected at most {MAX_LABEL_SIZE} bytes with its value, got {size}"
-            )
-    return {key: value for key, value in labels.items() if value}
-
-
-def _masked(
-    old: Mapping[str, str], new: Mapping[str, str], fields: Sequence[str]
-) -> Mapping[str, str]:
-    """``old`` labels with the ``fields`` of ``new`` in place. Raises ``InvalidArgument``."""
-    labels = dict(old)
-    for field in fields or ("labels",):
-        name, dot, key = field.partition(".")
-        if name != "labels" or (dot and not key):
-            raise InvalidArgument(
-                f"cannot update field {field!r} of a snapshot: expected 'labels' or 'labels.<key>'"
-            )
-        if not dot:
-            labels = dict(new)
-        elif key in new:
-            labels[key] = new[key]
-        else:
-            labels.pop(key, None)
-    return labels

@@ -227,7 +227,7 @@ class Transaction:
         self._run(
             "UPDATE snapshots SET labels = ?, updated = ? WHERE id = ?",
             json.dumps(labels),
-            now,
+            max(now, found.info.updated),  # a clock that was set back changes no order
             found.id,
         )
         return self.snapshot(key)

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 import trio
 
-from fusesnap.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound
+from fusesnap.errors import (
+    AlreadyExists,
+    FailedPrecondition,
+    InvalidArgument,
+    NotFound,
+    Unavailable,
+)
+from fusesnap.nix.store_path import StorePath
 from fusesnap.snapshots.interface import Info, Kind
 
 if TYPE_CHECKING:
@@ -180,13 +187,113 @@ async def test_update(bench: Bench) -> None:
         assert updated.labels == {"l4": "v4", "containerd.io/gc.root": "now"}
 
 
-@pytest.mark.parametrize("field", ["parent", "kind", "name", "created_at", "labels.", "", "label"])
+@pytest.mark.parametrize(
+    "field",
+    ["parent", "kind", "name", "created", "created_at", "updated_at", "nonsense", "", "label"],
+)
 async def test_other_fields_cannot_change(bench: Bench, field: str) -> None:
     await base(bench)
     info = await bench.snapshotter.stat("c2")
     with pytest.raises(InvalidArgument, match=f"cannot update field '{field}'"):
         await bench.snapshotter.update(info.with_labels({"x": "y"}), ["labels", field])
     assert await bench.snapshotter.stat("c2") == info
+
+
+async def test_a_field_mask_may_name_labels_that_are_not_there(bench: Bench) -> None:
+    await bench.snapshotter.prepare("a", "", {"one": "1"})
+    info = await bench.snapshotter.stat("a")
+    for field in ("labels.two", "labels."):
+        assert (await bench.snapshotter.update(info, [field])).labels == {"one": "1"}
+    emptied = await bench.snapshotter.update(info.with_labels({"one": ""}), ["labels.one"])
+    assert emptied.labels == {}
+
+
+async def test_a_label_without_key_is_refused(bench: Bench) -> None:
+    with pytest.raises(InvalidArgument, match="the key of the label with the value 'v' is empty"):
+        await bench.snapshotter.prepare("a", "", {"": "v"})
+    assert not await bench.snapshotter.walk()
+
+
+async def test_times_do_not_go_back_with_the_clock(bench: Bench) -> None:
+    await bench.snapshotter.prepare("a", "", {})
+    bench.now -= 1000
+    updated = await bench.snapshotter.update((await bench.snapshotter.stat("a")).with_labels({}))
+    assert (updated.created, updated.updated) == (NOW_NS, NOW_NS)
+    bench.now += 2000
+    updated = await bench.snapshotter.update(updated)
+    assert (updated.created, updated.updated) == (NOW_NS, NOW_NS + 1000 * 10**9)
+
+
+async def test_the_chain_id_in_a_label_is_no_key(bench: Bench) -> None:
+    """Only a remote snapshotter answers that it has the layer already; we unpack it, as overlayfs does.
+
+    Otherwise containerd's namespaces would share snapshots.
+    """
+    ref = {"containerd.io/snapshot.ref": "sha256:1"}
+    await bench.layer("one/1/sha256:1", "", {"file": b"one"}, ref)
+    await bench.snapshotter.prepare("two/1/extract-1 sha256:1", "", ref)
+    assert (await bench.snapshotter.stat("two/1/extract-1 sha256:1")).labels == ref
+
+
+async def test_what_is_made_anew_while_it_is_committed_is_not_committed(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = bench.path("hello", {"bin": {}})
+    admit = bench.source.admit
+
+    async def replace_key(paths: Sequence[StorePath]) -> Mapping[StorePath, int]:
+        monkeypatch.setattr(bench.source, "admit", admit)
+        await bench.snapshotter.remove("key")
+        await bench.snapshotter.prepare("key", "", {})
+        return await admit(paths)
+
+    upper = Path((await bench.snapshotter.prepare("key", "", {}))[0].source)
+    bench.plant(upper, bench.placeholders(path))
+    monkeypatch.setattr(bench.source, "admit", replace_key)
+    with pytest.raises(Unavailable, match="snapshot 'key' was removed and made anew"):
+        await bench.snapshotter.commit("name", "key", {})
+    assert (await bench.snapshotter.stat("key")).kind is Kind.ACTIVE
+
+
+async def test_what_is_removed_while_it_is_committed_is_not_found(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = bench.path("hello", {"bin": {}})
+    admit = bench.source.admit
+
+    async def remove_key(paths: Sequence[StorePath]) -> Mapping[StorePath, int]:
+        await bench.snapshotter.remove("key")
+        return await admit(paths)
+
+    upper = Path((await bench.snapshotter.prepare("key", "", {}))[0].source)
+    bench.plant(upper, bench.placeholders(path))
+    monkeypatch.setattr(bench.source, "admit", remove_key)
+    with pytest.raises(NotFound, match="'key' does not exist"):
+        await bench.snapshotter.commit("name", "key", {})
+
+
+async def test_a_parent_that_is_made_anew_meanwhile_is_another(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = bench.path("hello", {"bin": {}})
+    labels = {
+        "containerd.io/snapshot/nix-layer": "true",
+        "containerd.io/snapshot/nix-store-path.0": f"/nix/store/{path}",
+    }
+    admit = bench.source.admit
+
+    async def replace_parent(paths: Sequence[StorePath]) -> Mapping[StorePath, int]:
+        monkeypatch.setattr(bench.source, "admit", admit)
+        await bench.snapshotter.remove("image")
+        await bench.layer("image", "", {"file": b"new"})
+        return await admit(paths)
+
+    await bench.layer("image", "", {"file": b"old"})
+    monkeypatch.setattr(bench.source, "admit", replace_parent)
+    with pytest.raises(Unavailable, match="parent snapshot 'image' was removed and made anew"):
+        await bench.snapshotter.prepare("key", "image", labels)
+    with pytest.raises(NotFound):
+        await bench.snapshotter.stat("key")
 
 
 async def test_labels_have_a_limit(bench: Bench) -> None:

@@ -50,6 +50,7 @@ async def test_recovery_removes_what_no_row_owns(
     assert names(bench.state / "snapshots") == {"1", "2"}
     assert not names(bench.state / "farms")
     assert caplog.text.count("which no snapshot owns") == 5
+    assert f"removed {bench.state}/snapshots/77, which no snapshot owns" in caplog.text
     assert bench.look(await bench.show("view", "image")) == {"file": b"x"}
 
 
