@@ -123,6 +123,10 @@ class Containerd:
         self.address = work / "containerd.sock"
         self.fifo_directory = str(work / "fifo")
 
+    def in_namespace(self, namespace: str) -> Containerd:
+        """The same containerd, in another of its namespaces."""
+        return Containerd(self.service, self._work, self.snapshotter, namespace)
+
     def command(self, *arguments: str | Path) -> list[str]:
         """The words of a ``ctr`` command on this containerd."""
         own = ["--address", str(self.address), "--namespace", self._namespace]
@@ -160,7 +164,7 @@ class Containerd:
         """The words of a ``ctr run``. Without ``argv`` the image's own command runs."""
         own = ["--snapshotter", snapshotter or self.snapshotter, "--fifo-dir", self.fifo_directory]
         # Else runc's state would be in /run and the cgroup named after the namespace, both shared with others.
-        cgroup = f"/{cgroup_name(self._work)}/{name}"
+        cgroup = f"/{cgroup_name(self._work)}/{self._namespace}-{name}"
         own += ["--runc-root", str(self._work / "runc"), "--cgroup", cgroup]
         return self.command("run", *own, *options, reference, name, *argv)
 
@@ -183,7 +187,7 @@ class Containerd:
         self, reference: str, name: str, *argv: str, snapshotter: str = "", timeout: float = 60
     ) -> Iterator[Container]:
         """Keep a container running for the time of the context; its snapshot is removed with it."""
-        log = self._work / f"{name}.log"
+        log = self._work / f"{self._namespace}-{name}.log"
         options = ["--detach", "--log-uri", f"file://{log}"]
         command = self.run_command(reference, name, *argv, options=options, snapshotter=snapshotter)
         try:
@@ -205,7 +209,7 @@ class Containerd:
     def restart_task(self, name: str) -> Container:
         """End a container's processes by force, and start it again on the same snapshot."""
         self.ctr("tasks", "delete", "--force", name)
-        log = self._work / f"{name}-again.log"
+        log = self._work / f"{self._namespace}-{name}-again.log"
         options = ["--detach", "--fifo-dir", self.fifo_directory, "--log-uri", f"file://{log}"]
         self.ctr("tasks", "start", *options, name)
         return Container(self, name, log)
