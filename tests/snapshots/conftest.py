@@ -89,7 +89,7 @@ class DirectoryStore:
     def __init__(self, state: Path) -> None:
         self.layer = state / "layer"
         self.real = self.layer / ".fusesnap-store"
-        self.real.mkdir(parents=True)
+        self.real.mkdir(parents=True, exist_ok=True)
         os.setxattr(self.real, OPAQUE, b"y")
 
     def commit(self, path: StorePath, tree: Tree) -> None:
@@ -143,10 +143,10 @@ class DirectoryLazyLayer:
     def __init__(self, state: Path, source: MemoryPaths) -> None:
         self.layer = state / "lazy" / "layer"
         self.lazy = self.layer / ".fusesnap-lazy"
-        self.lazy.mkdir(parents=True)
+        self.lazy.mkdir(parents=True, exist_ok=True)
         os.setxattr(self.lazy, OPAQUE, b"y")
         self._views = state / "lazy" / "views"
-        self._views.mkdir()
+        self._views.mkdir(exist_ok=True)
         self._source = source
         self._known: dict[frozenset[StorePath], Path] = {}
 
