@@ -13,13 +13,22 @@ from pathlib import Path
 from testbed import drills
 from testbed.drill_bed import FAST, Line, Materials, prepare_materials
 from testbed.drill_commits import kill_in_commits
+from testbed.drill_metastore import kill_in_transactions
 from testbed.drill_outage import outage
 from testbed.drill_outcome import Outcome
 from testbed.drill_services import kill_services
 from testbed.workplace import default_work
 
 Run = Callable[[], Outcome]
-KILLS = {"worker": 1000, "stop": 20, "commit": 60, "reload": 20, "services": 30, "containerd": 10}
+KILLS = {
+    "worker": 1000,
+    "stop": 20,
+    "commit": 60,
+    "reload": 20,
+    "services": 30,
+    "metastore": 200,
+    "containerd": 10,
+}
 RELAY = "always"  # a value of the daemon's --relay
 # On the slow link a fetch takes about half a second: some are to end between two kills.
 SLOW_PAUSE = 1.5
@@ -28,7 +37,7 @@ RELAYED: Mapping[str, Callable[..., Outcome]] = {
     "stop": drills.stop_worker,
     "reload": drills.reload,
 }
-NAMES = ("worker", "stop", "commit", "reload", "services", "all", "containerd")
+NAMES = ("worker", "stop", "commit", "reload", "services", "metastore", "all", "containerd")
 
 
 def runs(
@@ -40,6 +49,8 @@ def runs(
         yield lambda: kill_in_commits(materials, many, seed=seed, line=FAST)
     elif name == "services":
         yield lambda: kill_services(materials, many, seed=seed, line=line)
+    elif name == "metastore":
+        yield lambda: kill_in_transactions(materials, many, seed=seed)
     elif name == "containerd":
         yield lambda: drills.restart_containerd(materials, many, seed=seed, line=line)
     elif name == "all":

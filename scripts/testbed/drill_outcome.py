@@ -14,7 +14,7 @@ class Outcome:
     """What a drill found; ``times`` in seconds, by what they are the times of.
 
     An interruption is counted for each event: how long the slowest access of committed bytes that met it had to wait
-    from then on, 0 when all took less than two milliseconds.
+    from then on, 0 when all took less than two milliseconds. ``removed``: what start-up passes found that nobody owned.
     """
 
     name: str
@@ -23,6 +23,7 @@ class Outcome:
     accesses: int = 0
     times: dict[str, list[float]] = field(default_factory=dict)
     wrong: list[str] = field(default_factory=list)
+    removed: int | None = None
 
     def add(self, what: str, times: Iterable[float]) -> None:
         self.times.setdefault(what, []).extend(times)
@@ -35,6 +36,8 @@ class Outcome:
         told += [
             f"  {what:32} {distribution(times)}" for what, times in self.times.items() if times
         ]
+        if self.removed is not None:
+            told.append(f"  start-up passes removed {self.removed} things that no snapshot owned")
         return told + [f"  WRONG {line}" for line in self.wrong]
 
 

@@ -39,6 +39,8 @@ SUBTESTS = (
     "128LayersMount",
 )
 VERDICT = re.compile(r"^ +--- (PASS|FAIL|SKIP): TestSnapshotter/(\S+) \(", re.MULTILINE)
+# Nothing is fetched here, and a start is the faster the less starts.
+CONFIGURATION = "spare-worker = false\n[fetch]\nunpackers = 1\n"
 KEY = f"nobody-1:{'A' * 43}="
 
 
@@ -47,8 +49,10 @@ def daemon() -> Iterator[FusesnapDaemon]:
     """A new daemon with an empty state directory; its only cache has nothing, and is never asked."""
     with run_directory("fs-") as work:
         (work / "cache").mkdir()
+        (work / "fusesnap.toml").write_text(CONFIGURATION)
         source = Source([f"file://{work}/cache"], [KEY])
-        with fusesnap_daemon(work / "s", source=source) as running:
+        options = ["--config", str(work / "fusesnap.toml")]
+        with fusesnap_daemon(work / "s", source=source, options=options) as running:
             yield running
 
 

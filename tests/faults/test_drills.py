@@ -9,6 +9,7 @@ import pytest
 from testbed import drills
 from testbed.drill_bed import FAST, Materials, prepare_materials
 from testbed.drill_commits import kill_in_commits
+from testbed.drill_metastore import kill_in_transactions
 from testbed.drill_outage import outage
 from testbed.drill_outcome import Outcome
 from testbed.drill_services import kill_services
@@ -54,6 +55,10 @@ def test_killed_in_commits_the_store_is_sound(materials: Materials) -> None:
 
 def test_no_prepare_is_half_done_when_the_services_are_killed(materials: Materials) -> None:
     check(kill_services(materials, 4, seed=SEED, line=FAST), 4)
+
+
+def test_killed_in_transactions_snapshots_are_as_acknowledged(materials: Materials) -> None:
+    check(kill_in_transactions(materials, 25, seed=SEED), 25)
 
 
 def test_when_everything_is_killed_only_missing_paths_are_lost_until_the_next_start(
