@@ -352,6 +352,26 @@ async def test_a_layer_may_add_to_a_store_path(
     assert usage.inodes < 20  # the store's files are not counted
 
 
+async def test_layers_may_be_unpacked_before_their_parents(bench: Bench) -> None:
+    """As containerd does where a snapshotter has the capability "rebase"."""
+    hello = bench.path("hello", {"bin": {"hello": b"hello"}}, committed=True)
+    trees = {
+        "one": bench.placeholders(hello),
+        "two": {"nix": {"store": {hello.base_name: {"bin": {"mine": b"mine"}}}}},
+        "three": {"nix": {"store": {hello.base_name: {"bin": {"hello": None}}}}, "etc": {}},
+    }
+    for name, tree in reversed(trees.items()):
+        mounts = await bench.snapshotter.prepare(f"k8s.io/1/extract-1-x {name}", "", {})
+        bench.plant(Path(mounts[0].source), tree)
+    parent = ""
+    for name in trees:
+        await bench.snapshotter.commit(name, f"k8s.io/1/extract-1-x {name}", {}, parent)
+        parent = name
+    root = await bench.run("container", "three")
+    assert bench.look(store_of(root)) == {hello.base_name: {"bin": {"mine": b"mine"}}}
+    assert (root / "etc").is_dir()
+
+
 async def test_adding_to_a_path_that_is_a_file_replaces_it(bench: Bench) -> None:
     config = bench.path("config", CONFIG)
     labels = {
