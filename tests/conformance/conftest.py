@@ -1,4 +1,4 @@
-"""containerd's own suite for snapshotters, built from its Go module as it is."""
+"""containerd's own suite for snapshotters, and its overlayfs beside ours, built from its Go module as it is."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from testbed.fusesnap_daemon import FusesnapDaemon
 from testbed.processes import CommandFailed, run, run_unchecked
 from testbed.workplace import default_work
 
@@ -30,10 +31,15 @@ class Suite:
 
     program: Path
 
-    def run(self, pattern: str, *, address: Path | None = None) -> subprocess.CompletedProcess[str]:
-        """Run the tests that ``pattern`` names, one after another, against the snapshotter at ``address``."""
+    def run(
+        self, pattern: str, daemon: FusesnapDaemon | None = None
+    ) -> subprocess.CompletedProcess[str]:
+        """Run the tests that ``pattern`` names, one after another, against the daemon."""
         options = [f"-test.run={pattern}", "-test.v", "-test.parallel=1", "-test.count=1"]
-        environment = {"FUSESNAP_ADDRESS": str(address or "")}
+        environment = {"FUSESNAP_ADDRESS": "", "FUSESNAP_STATE": ""}
+        if daemon is not None:
+            environment["FUSESNAP_ADDRESS"] = str(daemon.address)
+            environment["FUSESNAP_STATE"] = str(daemon.state)
         return run_unchecked(
             [self.program, *options], env=environment, cwd=SOURCE, timeout=SUBTEST_SECONDS
         )
@@ -43,7 +49,10 @@ class Suite:
 def suite() -> Suite:
     """Built once for each version of the toolchain, of the modules and of our part."""
     facts = [run([GO, "version"], env=GO_ENVIRONMENT).encode()]
-    facts += [(SOURCE / name).read_bytes() for name in ("go.mod", "go.sum", "suite_test.go")]
+    facts += [
+        file.read_bytes() for file in sorted(SOURCE.glob("go.*")) + sorted(SOURCE.glob("*.go"))
+    ]
+    facts += [" ".join(FLAGS).encode()]
     identity = hashlib.sha256(b"\0".join(facts)).hexdigest()[:16]
     program = default_work() / "conformance" / f"suite-{identity}"
     if not program.exists():

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.snapshots.kill_points import CALLS, furnish
+from .kill_points import CALLS, furnish
 
 if TYPE_CHECKING:
     from tests.snapshots.conftest import Bench
