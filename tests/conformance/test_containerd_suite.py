@@ -10,12 +10,13 @@ import subprocess
 from collections.abc import Iterator
 
 import pytest
+from testbed.conformance import Suite, built_suite
 from testbed.containerd import mounts_below
 from testbed.fusesnap_daemon import FusesnapDaemon, Source, fusesnap_daemon
-from testbed.workplace import run_directory
+from testbed.workplace import default_work, run_directory
 
-from .conftest import Suite
-
+# The first test may have to wait for the compiler.
+pytestmark = pytest.mark.timeout(900)
 # In the suite's own spelling.
 SUBTESTS = (
     "Basic",
@@ -44,6 +45,11 @@ VERDICT = re.compile(r"^ +--- (PASS|FAIL|SKIP): TestSnapshotter/(\S+) \(", re.MU
 # Nothing is fetched here, and a start is the faster the less starts.
 CONFIGURATION = "spare-worker = false\n[fetch]\nunpackers = 1\n"
 KEY = f"nobody-1:{'A' * 43}="
+
+
+@pytest.fixture(scope="session")
+def suite() -> Suite:
+    return built_suite(default_work())
 
 
 @pytest.fixture

@@ -1,20 +1,22 @@
-"""containerd's own suite for snapshotters, and its overlayfs beside ours, built from its Go module as it is."""
+"""containerd's own suite for snapshotters, and its overlayfs beside ours: the Go program of ``tests/conformance``.
+
+``python -m testbed.conformance`` builds it, so that it is there when the tests ask for it.
+"""
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
-import os
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import pytest
 from testbed.fusesnap_daemon import FusesnapDaemon
 from testbed.processes import CommandFailed, run, run_unchecked
 from testbed.workplace import default_work
 
-SOURCE = Path(__file__).parent
+SOURCE = Path(__file__).parents[2] / "tests" / "conformance"
 # The toolchain of the virtual environment, and no other that it might fetch; the modules of go.sum, and no others.
 GO = Path(sys.executable).with_name("go")
 GO_ENVIRONMENT = {"GOTOOLCHAIN": "local", "GOFLAGS": "-mod=readonly", "GOWORK": "off"}
@@ -22,12 +24,12 @@ GO_ENVIRONMENT = {"GOTOOLCHAIN": "local", "GOFLAGS": "-mod=readonly", "GOWORK": 
 FLAGS = ("-vet=off", "-gcflags=all=-N -l", "-ldflags=-s -w")
 GO_TRIES = 3  # modules come over the network
 BUILD_SECONDS = 600
-SUBTEST_SECONDS = 120
+TEST_SECONDS = 120
 
 
 @dataclass(frozen=True)
 class Suite:
-    """The built suite: a program that runs the tests it is told to."""
+    """The built program, which runs the tests it is told to."""
 
     program: Path
 
@@ -41,29 +43,30 @@ class Suite:
             environment["FUSESNAP_ADDRESS"] = str(daemon.address)
             environment["FUSESNAP_STATE"] = str(daemon.state)
         return run_unchecked(
-            [self.program, *options], env=environment, cwd=SOURCE, timeout=SUBTEST_SECONDS
+            [self.program, *options], env=environment, cwd=SOURCE, timeout=TEST_SECONDS
         )
 
 
-@pytest.fixture(scope="session")
-def suite() -> Suite:
-    """Built once for each version of the toolchain, of the modules and of our part."""
-    facts = [run([GO, "version"], env=GO_ENVIRONMENT).encode()]
+def built_suite(work: Path) -> Suite:
+    """The suite below ``work``, built once for each version of the toolchain, of the modules and of our part."""
+    facts = [run([GO, "version"], env=GO_ENVIRONMENT).encode(), " ".join(FLAGS).encode()]
     facts += [
         file.read_bytes() for file in sorted(SOURCE.glob("go.*")) + sorted(SOURCE.glob("*.go"))
     ]
-    facts += [" ".join(FLAGS).encode()]
     identity = hashlib.sha256(b"\0".join(facts)).hexdigest()[:16]
-    program = default_work() / "conformance" / f"suite-{identity}"
-    if not program.exists():
-        program.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = program.with_name(f"{program.name}-{os.getpid()}")
-        build(unfinished)
-        unfinished.rename(program)
+    directory = work / "conformance"
+    directory.mkdir(parents=True, exist_ok=True)
+    program = directory / f"suite-{identity}"
+    with (directory / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # another process may be building it
+        if not program.exists():
+            unfinished = directory / "unfinished"
+            _build(unfinished)
+            unfinished.rename(program)
     return Suite(program)
 
 
-def build(program: Path) -> None:
+def _build(program: Path) -> None:
     """Compile the suite. Raises CommandFailed with what the compiler said."""
     command: list[str | Path] = [GO, "test", "-c", *FLAGS, "-o", program, "."]
     for attempt in range(1, GO_TRIES + 1):
@@ -74,3 +77,7 @@ def build(program: Path) -> None:
                 raise
         else:
             return
+
+
+if __name__ == "__main__":
+    built_suite(default_work())
