@@ -51,6 +51,7 @@ async def run(settings: Settings, ready: int) -> None:
             await nursery.start(partial(serve, snapshotter, settings.socket.absolute(), also=also))
             os.write(ready, b"ready\n")
             os.close(ready)
+            await snapshotter.remove_leftovers()
 
 
 def build_snapshotter(node: Node, nursery: trio.Nursery, waits: WorkersWaits) -> Snapshotter:

@@ -76,7 +76,11 @@ class Mount:
 
 
 class Snapshots(Protocol):
-    """What a snapshotter answers. All errors are :class:`fusesnap.errors.FusesnapError`."""
+    """What a snapshotter answers. All errors are :class:`fusesnap.errors.FusesnapError`.
+
+    Any call raises ``Unavailable`` where its key or parent is removed and made anew before it ends; made again it meets
+    the new one.
+    """
 
     async def stat(self, key: str) -> Info:
         """Say what is known of the snapshot of that key or name. Raises ``NotFound``."""

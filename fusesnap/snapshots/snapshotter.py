@@ -88,11 +88,18 @@ class Snapshotter(Snapshots):
         self._views = Views(store, paths, self._nix, lazy, store_dir)
 
     async def recover(self) -> None:
-        """Remove what an earlier life has left half-made. To be called once, before any other call.
+        """Look at what an earlier life has left. To be called once, before any other call but :meth:`remove_leftovers`.
 
         Raises ``Unsupported`` where the store layer could let an image reach into store paths.
         """
         await trio.to_thread.run_sync(self._recover)
+
+    async def remove_leftovers(self) -> None:
+        """Remove what an earlier life has left half-made or half-removed, and log each.
+
+        It may take long, as a large container's files do: no other call need wait for it.
+        """
+        await trio.to_thread.run_sync(self._remove_leftovers, abandon_on_cancel=True)
 
     async def files_views(self) -> frozenset[Path]:
         """The views of single files that mounts of existing snapshots were answered with."""
@@ -378,12 +385,19 @@ class Snapshotter(Snapshots):
 
     def _recover(self) -> None:
         self._check_store_layer()
-        for leftover in (*self._farms.remove_unfinished(), *self._sweep()):
-            log.warning("removed %s, which no snapshot owns", leftover)
+        for farm in self._farms.remove_unfinished():
+            log.warning("removed %s, which was being built", farm)
         with self._metastore.reading() as transaction:
             ids = transaction.ids()
         for id_ in self._directories.missing(ids):
             log.error("the directory %s of a snapshot is missing", self._directories.fs(id_))
+
+    def _remove_leftovers(self) -> None:
+        try:
+            for leftover in self._sweep():
+                log.warning("removed %s, which no snapshot owns", leftover)
+        except StorageFailure as error:  # nobody waits for it, and cleanup tries again
+            log.warning("%s", error)
 
     def _check_store_layer(self) -> None:
         """Overlayfs looks below a redirect's target in every further layer: only the opaque mark ends that search."""

@@ -28,6 +28,7 @@ from testbed.drill_bed import HANG, Materials, kill, next_part, wait_for
 from testbed.drill_outcome import Outcome
 from testbed.drill_services import CHANNEL, LOST, directories
 from testbed.fusesnap_daemon import FusesnapDaemon, Source, fusesnap_daemon
+from testbed.processes import CommandFailed
 from testbed.workplace import run_directory
 
 CALLERS = 6
@@ -36,6 +37,7 @@ PAUSE = 0.25  # seconds of calls before a kill, at most
 MANY = 12  # snapshots of one caller; with more it rather removes
 PATHS = 4  # store paths of a layer
 MARK = "mark"  # a file in each snapshot, which holds the key that it was prepared as
+SWEPT = 60.0  # seconds in which the start-up pass ends, on the slowest machine
 RECOVERY = "until it serves again"
 # Nothing is fetched here, and a start is the faster the less starts.
 CONFIGURATION = "spare-worker = false\n[fetch]\nunpackers = 1\n"
@@ -271,10 +273,10 @@ class Drill:
         time.sleep(self._chance.uniform(0, PAUSE))
         start = time.monotonic()
         services = next_part(self._daemon.service.pid, "services", None)
+        said = 0 if everything else self._said()  # a new daemon has a new log
         if everything:
             self._daemon.service.kill()
         else:
-            said = self._daemon.service.log_text().count(REMOVED)
             kill(services)
         meeting.called.set()
         meeting.wait()
@@ -284,9 +286,8 @@ class Drill:
             next_part(self._daemon.service.pid, "services", services)
         infos = self._infos()
         self._outcome.add(RECOVERY, [time.monotonic() - start])
-        if not everything:
-            self._count_removed(self._daemon.service.log_text().count(REMOVED) - said)
         self._outcome.wrong += self._compare(infos)
+        self._outcome.removed = (self._outcome.removed or 0) + self._said() - said
         self._outcome.events += 1
         meeting.called.clear()
         meeting.wait()
@@ -302,18 +303,19 @@ class Drill:
     def _start_again(self) -> None:
         """Start on what the dead have left. What no row owns must be removed, and each of it told of."""
         orphans = orphans_of(self._daemon.state)
-        self._daemon = self._start()
-        self._infos()
-        said = self._daemon.service.log_text()
-        self._count_removed(said.count(REMOVED))
-        self._outcome.wrong += [
-            f"removed in silence: {orphan}"
-            for orphan in orphans
-            if f"removed {orphan}, {REMOVED}" not in said
-        ]
+        self._daemon = daemon = self._start()
 
-    def _count_removed(self, number: int) -> None:
-        self._outcome.removed = (self._outcome.removed or 0) + number
+        def silent() -> list[Path]:
+            said = daemon.service.log_text()
+            return [each for each in orphans if f"removed {each}, {REMOVED}" not in said]
+
+        with contextlib.suppress(CommandFailed):
+            wait_for(lambda: not silent(), "a word on each orphan", timeout=SWEPT)
+        self._outcome.wrong += [f"removed in silence: {orphan}" for orphan in silent()]
+
+    def _said(self) -> int:
+        """How many things start-up passes have told of."""
+        return self._daemon.service.log_text().count(REMOVED)
 
     def _infos(self) -> dict[str, Any]:
         """Every snapshot's info, as soon as somebody answers."""
@@ -342,15 +344,12 @@ class Drill:
         expected = {key for caller in self._callers for key in caller.snapshots}
         wrong += [f"nobody made it: {infos[key]}" for key in infos.keys() - expected]
         state = self._daemon.state
-        owned = rows(state)
+        # What nobody owns goes while calls are served.
+        with contextlib.suppress(CommandFailed):
+            wait_for(lambda: not leftovers(state), "the end of the start-up pass", timeout=SWEPT)
+        wrong += [f"left behind: {entry}" for entry in leftovers(state)]
         there = {entry.name for entry in (state / "snapshots").iterdir()}
-        wrong += [f"a directory without a row: {name}" for name in there - owned]
-        wrong += [f"a row without its directory: {name}" for name in owned - there]
-        wrong += [
-            f"left behind: {entry}"
-            for entry in (state / "farms").iterdir()
-            if entry.name.startswith(("new-", "rm-"))
-        ]
+        wrong += [f"a row without its directory: {name}" for name in rows(state) - there]
         return [f"after kill {self._outcome.events + 1}: {line}" for line in wrong]
 
 
@@ -372,3 +371,9 @@ def orphans_of(state: Path) -> list[Path]:
     """The directories of snapshots that no row owns."""
     owned = rows(state)
     return [entry for entry in (state / "snapshots").iterdir() if entry.name not in owned]
+
+
+def leftovers(state: Path) -> list[Path]:
+    """The same, and farms that are not whole."""
+    farms = (state / "farms").iterdir()
+    return orphans_of(state) + [one for one in farms if one.name.startswith(("new-", "rm-"))]

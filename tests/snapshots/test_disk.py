@@ -47,11 +47,28 @@ async def test_recovery_removes_what_no_row_owns(
     bench.plant(bench.state / "farms" / "0123", {"nix": {}})
     bench.open()
     await bench.snapshotter.recover()
+    await bench.snapshotter.remove_leftovers()
     assert names(bench.state / "snapshots") == {"1", "2"}
     assert not names(bench.state / "farms")
-    assert caplog.text.count("which no snapshot owns") == 5
+    assert caplog.text.count("which no snapshot owns") == 4
+    assert f"removed {bench.state}/farms/new-1, which was being built" in caplog.text
     assert f"removed {bench.state}/snapshots/77, which no snapshot owns" in caplog.text
     assert bench.look(await bench.show("view", "image")) == {"file": b"x"}
+
+
+async def test_what_cannot_be_removed_at_the_start_is_told_and_kept_for_later(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(*_: object) -> None:
+        raise StorageFailure("no space", errno.ENOSPC)
+
+    bench.plant(bench.state / "snapshots" / "77", {"fs": {}})
+    with monkeypatch.context() as patch:
+        patch.setattr(Directories, "set_orphans_aside", full)
+        await bench.snapshotter.remove_leftovers()
+    assert "no space" in caplog.text
+    await bench.snapshotter.cleanup()
+    assert not names(bench.state / "snapshots")
 
 
 async def test_recovery_tells_of_missing_directories(

@@ -81,6 +81,7 @@ async def reopened(bench: Bench) -> Infos:
     """Start again on what there is; what is known of each snapshot then."""
     bench.open()
     await bench.snapshotter.recover()
+    await bench.snapshotter.remove_leftovers()
     return await known(bench)
 
 
