@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import json
 import os
+import shutil
 import subprocess
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from testbed.processes import (
@@ -23,7 +26,7 @@ SNAPSHOTTER = "fusesnap"
 SHIM = "containerd-shim-runc-v2"
 CGROUPS = Path("/sys/fs/cgroup")
 CONFIGURATION = """\
-version = 2
+version = {version}
 root = "{work}/root"
 state = "{work}/state"
 disabled_plugins = [{disabled}]
@@ -31,12 +34,18 @@ disabled_plugins = [{disabled}]
   address = "{work}/containerd.sock"
 [ttrpc]
   address = "{work}/containerd.sock.ttrpc"
-{proxy}
 """
 PROXY = """\
 [proxy_plugins.{name}]
   type = "snapshot"
   address = "{address}"
+"""
+# Where the transfer service may unpack. It knows overlayfs only as long as nothing is said.
+UNPACK = """\
+[[plugins."io.containerd.transfer.v1.local".unpack_config]]
+  platform = "linux"
+  snapshotter = "{name}"
+  differ = "walking"
 """
 # As Kubernetes' configuration has it, with everything below our own directory.
 CRI = """\
@@ -47,19 +56,59 @@ CRI = """\
   bin_dir = "{work}/cni"
   conf_dir = "{work}/cni"
 """
-CRI_PLUGIN = "io.containerd.grpc.v1.cri"
+CRI_OF_VERSION_3 = """\
+[plugins."io.containerd.cri.v1.images"]
+  snapshotter = "{name}"
+  disable_snapshot_annotations = false
+[plugins."io.containerd.cri.v1.runtime".cni]
+  bin_dirs = ["{work}/cni"]
+  conf_dir = "{work}/cni"
+"""
+CRI_PLUGINS = (
+    "io.containerd.grpc.v1.cri",
+    "io.containerd.cri.v1.images",
+    "io.containerd.cri.v1.runtime",
+)
 CRI_NAMESPACE = "k8s.io"
 # CRI is for those who ask; opt and nri make directories outside of ours; the snapshotters need devices.
 DISABLED = (
-    CRI_PLUGIN,
+    *CRI_PLUGINS,
     "io.containerd.internal.v1.opt",
     "io.containerd.nri.v1.nri",
     "io.containerd.snapshotter.v1.aufs",
     "io.containerd.snapshotter.v1.blockfile",
     "io.containerd.snapshotter.v1.btrfs",
     "io.containerd.snapshotter.v1.devmapper",
+    "io.containerd.snapshotter.v1.erofs",
     "io.containerd.snapshotter.v1.zfs",
 )
+
+
+@dataclass(frozen=True, slots=True)
+class Release:
+    """A containerd with its programs: those in ``programs``, beside what is on PATH; ``text`` is its version."""
+
+    text: str
+    programs: tuple[Path, ...] = ()
+
+    @classmethod
+    def of(cls, *programs: Path) -> Release:
+        """What is in these directories, searched before those of PATH."""
+        said = run([cls("", programs).program("containerd"), "--version"])
+        return cls(said.split()[2], programs)
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """By which containerd finds this release's other programs."""
+        return {"PATH": os.pathsep.join([*map(str, self.programs), os.environ["PATH"]])}
+
+    def program(self, name: str) -> str:
+        """The path of a program of this release."""
+        return shutil.which(name, path=self.environment["PATH"]) or name
+
+    @property
+    def major(self) -> int:
+        return int(self.text.split(".")[0])
 
 
 class Container:
@@ -115,9 +164,12 @@ class Containerd:
     ``snapshotter`` is the one that images are unpacked into where a call does not name another.
     """
 
-    def __init__(self, service: Service, work: Path, snapshotter: str, namespace: str) -> None:
+    def __init__(
+        self, service: Service, work: Path, snapshotter: str, namespace: str, release: Release
+    ) -> None:
         self._namespace = namespace
         self._work = work
+        self.release = release
         self.service = service
         self.snapshotter = snapshotter
         self.address = work / "containerd.sock"
@@ -130,7 +182,7 @@ class Containerd:
     def command(self, *arguments: str | Path) -> list[str]:
         """The words of a ``ctr`` command on this containerd."""
         own = ["--address", str(self.address), "--namespace", self._namespace]
-        return ["ctr", *own, *(str(each) for each in arguments)]
+        return [self.release.program("ctr"), *own, *(str(each) for each in arguments)]
 
     def ctr(self, *arguments: str | Path, timeout: float = 60) -> str:
         """Run ``ctr`` and return its standard output. Raises CommandFailed with what it said."""
@@ -142,16 +194,31 @@ class Containerd:
         """Run ``ctr``, whatever its status."""
         return run_unchecked(self.command(*arguments), timeout=timeout)
 
-    def pull(self, reference: str, *, snapshotter: str = "", timeout: float = 120) -> None:
-        """Pull an image from a registry without TLS, and unpack it."""
+    def pull(
+        self,
+        reference: str,
+        *,
+        snapshotter: str = "",
+        transfer: bool = False,
+        timeout: float = 120,
+    ) -> None:
+        """Pull an image from a registry without TLS, and unpack it.
+
+        ``ctr`` fetches and unpacks it; with ``transfer`` (from 1.7 on) containerd's transfer service does.
+        """
         options = ["--plain-http", "--snapshotter", snapshotter or self.snapshotter]
+        options += self._local(not transfer)
         self.ctr("images", "pull", *options, reference, timeout=timeout)
 
     def import_archive(self, archive: Path, *, snapshotter: str = "", timeout: float = 120) -> str:
         """Import an ``oci-archive`` and unpack it; returns the image's reference: the name it was written under."""
-        options = ["--snapshotter", snapshotter or self.snapshotter]
+        options = ["--snapshotter", snapshotter or self.snapshotter, *self._local(True)]
         said = self.ctr("images", "import", *options, archive, timeout=timeout)
         return next(line.split()[1] for line in said.splitlines() if line.startswith("unpacking "))
+
+    def _local(self, local: bool) -> list[str]:
+        """Who is to fetch and unpack: ``ctr`` itself, or the transfer service, which 1.6 has not."""
+        return [] if self.release.text.startswith("1.6.") else [f"--local={str(local).lower()}"]
 
     def run_command(
         self,
@@ -199,11 +266,8 @@ class Containerd:
     def restart(self, stack: contextlib.ExitStack) -> None:
         """Kill containerd and start it again, until ``stack`` ends; the containers go on."""
         self.service.kill()
-        configuration = self._work / "containerd.toml"
         log = self._work / "containerd-again.log"
-        self.service = stack.enter_context(
-            running(["containerd", "--config", configuration], log=log)
-        )
+        self.service = stack.enter_context(_running(self._work, self.release, log))
         self.service.wait_until(lambda: self.ctr_unchecked("version").returncode == 0)
 
     def restart_task(self, name: str) -> Container:
@@ -221,30 +285,27 @@ class Containerd:
 
 
 @contextlib.contextmanager
-def containerd(work: Path, *, proxy: Path | None = None, cri: bool = False) -> Iterator[Containerd]:
+def containerd(
+    work: Path, *, proxy: Path | None = None, cri: bool = False, release: Release | None = None
+) -> Iterator[Containerd]:
     """Run a containerd of its own for the time of the context; containers left over are ended with it.
 
     ``work`` is a new directory with a short path, on a file system that can be overlay's upper.
     ``proxy`` is the socket of a proxy snapshotter, which is known as ``fusesnap`` and used unless a call names
     another; without it, that is containerd's own ``overlayfs``. With ``cri`` it serves Kubernetes' calls too, and
-    ``ctr`` works in their namespace.
+    ``ctr`` works in their namespace. ``release`` is the host's own unless given.
     """
     work.mkdir(parents=True, exist_ok=True)
-    configuration = work / "containerd.toml"
-    section = PROXY.format(name=SNAPSHOTTER, address=proxy) if proxy else ""
-    if cri:
-        section += CRI.format(name=SNAPSHOTTER, work=work)
-    disabled = ", ".join(f'"{plugin}"' for plugin in DISABLED if not (cri and plugin == CRI_PLUGIN))
-    configuration.write_text(CONFIGURATION.format(work=work, disabled=disabled, proxy=section))
+    release = release or Release.of()
+    (work / "containerd.toml").write_text(_configuration(work, release, proxy, cri=cri))
     try:
-        with running(
-            ["containerd", "--config", configuration], log=work / "containerd.log"
-        ) as service:
+        with _running(work, release, work / "containerd.log") as service:
             instance = Containerd(
                 service,
                 work,
                 SNAPSHOTTER if proxy else "overlayfs",
                 CRI_NAMESPACE if cri else "default",
+                release,
             )
             service.wait_until(lambda: instance.ctr_unchecked("version").returncode == 0)
             yield instance
@@ -252,9 +313,36 @@ def containerd(work: Path, *, proxy: Path | None = None, cri: bool = False) -> I
         end_containers(work)
 
 
+def _running(work: Path, release: Release, log: Path) -> contextlib.AbstractContextManager[Service]:
+    command: list[str | Path] = [
+        release.program("containerd"),
+        "--config",
+        work / "containerd.toml",
+    ]
+    return running(command, log=log, env=release.environment)
+
+
+def _configuration(work: Path, release: Release, proxy: Path | None, *, cri: bool) -> str:
+    """What containerd.toml says. From 2.0 on it has version 3, in which CRI's plugins have other names."""
+    newer = release.major >= 2
+    disabled = [plugin for plugin in DISABLED if not (cri and plugin in CRI_PLUGINS)]
+    text = CONFIGURATION.format(
+        version=3 if newer else 2,
+        work=work,
+        disabled=", ".join(f'"{plugin}"' for plugin in disabled),
+    )
+    if proxy:
+        text += PROXY.format(name=SNAPSHOTTER, address=proxy)
+        for name in (SNAPSHOTTER, "overlayfs"):
+            text += UNPACK.format(name=name)
+    if cri:
+        text += (CRI_OF_VERSION_3 if newer else CRI).format(name=SNAPSHOTTER, work=work)
+    return text
+
+
 def end_containers(work: Path) -> None:
     """End what a containerd leaves behind on purpose when it ends: containers, their shims, mounts and cgroups."""
-    shim_sockets = [file.read_text() for file in work.glob("state/*.task/*/*/address")]
+    sockets = shim_sockets(work)
     for state in work.glob("runc/*/*"):
         run(["runc", "--root", state.parent, "delete", "--force", state.name])
     for pid in shims(work):
@@ -262,10 +350,18 @@ def end_containers(work: Path) -> None:
         wait_for_process(pid)
     for mount in reversed(mounts_below(work)):
         run(["umount", "--lazy", mount])
-    for socket in shim_sockets:
-        Path(socket.removeprefix("unix://")).unlink(missing_ok=True)
+    for socket in sockets:
+        socket.unlink(missing_ok=True)
     for cgroup in (*CGROUPS.glob(cgroup_name(work)), *CGROUPS.glob(f"*/{cgroup_name(work)}")):
         remove_cgroup(cgroup)
+
+
+def shim_sockets(work: Path) -> list[Path]:
+    """The sockets of the shims of the containerd in ``work``, which are in a directory shared with others."""
+    addresses = [file.read_text() for file in work.glob("state/*.task/*/*/address")]
+    starts = work.glob("state/*.task/*/*/bootstrap.json")  # from 2.0 on
+    addresses += [json.loads(file.read_text())["address"] for file in starts]
+    return [Path(address.removeprefix("unix://")) for address in addresses]
 
 
 def shims(work: Path) -> list[int]:

@@ -17,7 +17,7 @@ from testbed.binary_cache import (
     signing_key,
     write_cache,
 )
-from testbed.containerd import Containerd, containerd
+from testbed.containerd import Containerd, Release, containerd
 from testbed.fusesnap_daemon import FusesnapDaemon, Source, fusesnap_daemon
 from testbed.images import Layer, NixLayerManner, nix_layer, ordinary_layer, write_image
 from testbed.nix_store import NixStore, store_paths_list
@@ -131,13 +131,16 @@ def make_node(work: Path, image_registry: Registry, key: SigningKey) -> Iterator
             keys: Sequence[str] = (),
             options: Sequence[str] = (),
             cri: bool = False,
+            release: Release | None = None,
         ) -> Node:
             daemon = stack.enter_context(
                 fusesnap_daemon(
                     work / "s", source=Source(caches, keys or [key.public]), options=options
                 )
             )
-            client = stack.enter_context(containerd(work / "c", proxy=daemon.address, cri=cri))
+            client = stack.enter_context(
+                containerd(work / "c", proxy=daemon.address, cri=cri, release=release)
+            )
             return Node(client, daemon, image_registry, work)
 
         yield make

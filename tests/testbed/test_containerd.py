@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from testbed.containerd import containerd, shims
+from testbed.containerd import Release, containerd, shim_sockets, shims
+from testbed.debian import CONTAINERDS, containerd_release
 from testbed.images import ordinary_layer, store_paths_layer, write_image
 from testbed.nix_store import NixStore
 from testbed.processes import CommandFailed, run
@@ -31,6 +32,11 @@ def directory() -> Iterator[Path]:
         yield directory
 
 
+@pytest.fixture(params=CONTAINERDS)
+def release(request: pytest.FixtureRequest) -> Release:
+    return containerd_release(request.param)
+
+
 def archive(store: NixStore, simple: SimpleClosure, directory: Path) -> Path:
     """An image that carries busybox's store path."""
     layers = [store_paths_layer(store, [simple.busybox]), ordinary_layer({"etc/name": b"it\n"})]
@@ -45,10 +51,10 @@ def archive(store: NixStore, simple: SimpleClosure, directory: Path) -> Path:
 
 
 def test_images_are_pulled_imported_and_run(
-    store: NixStore, simple: SimpleClosure, directory: Path
+    store: NixStore, simple: SimpleClosure, directory: Path, release: Release
 ) -> None:
     image = archive(store, simple, directory)
-    with registry(directory) as images, containerd(directory / "c") as runtime:
+    with registry(directory) as images, containerd(directory / "c", release=release) as runtime:
         pulled = images.push(image, "busybox:latest")
         runtime.pull(pulled)
         assert runtime.run(pulled, "pulled") == "it\n"
@@ -58,9 +64,9 @@ def test_images_are_pulled_imported_and_run(
 
 
 def test_a_started_container_can_be_looked_into(
-    store: NixStore, simple: SimpleClosure, directory: Path
+    store: NixStore, simple: SimpleClosure, directory: Path, release: Release
 ) -> None:
-    with containerd(directory / "c") as runtime:
+    with containerd(directory / "c", release=release) as runtime:
         image = runtime.import_archive(archive(store, simple, directory))
         with runtime.started(image, "server", "sleep", "1000") as server:
             assert server.execute("cat", "/etc/name") == "it\n"
@@ -72,12 +78,15 @@ def test_a_started_container_can_be_looked_into(
 
 
 def test_a_container_left_running_is_ended_with_containerd(
-    store: NixStore, simple: SimpleClosure
+    store: NixStore, simple: SimpleClosure, release: Release
 ) -> None:
     with run_directory() as directory:
         work = directory / "c"
-        with containerd(work) as runtime:
+        with containerd(work, release=release) as runtime:
             image = runtime.import_archive(archive(store, simple, directory))
             run(runtime.run_command(image, "left", "sleep", "1000", options=["--detach"]))
             assert shims(work)
+            (socket,) = shim_sockets(work)
+            assert socket.exists()
     assert leftovers(directory) == []
+    assert not socket.exists()
