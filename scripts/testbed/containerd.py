@@ -167,7 +167,7 @@ class Containerd:
     def __init__(
         self, service: Service, work: Path, snapshotter: str, namespace: str, release: Release
     ) -> None:
-        self._namespace = namespace
+        self.namespace = namespace
         self._work = work
         self.release = release
         self.service = service
@@ -181,7 +181,7 @@ class Containerd:
 
     def command(self, *arguments: str | Path) -> list[str]:
         """The words of a ``ctr`` command on this containerd."""
-        own = ["--address", str(self.address), "--namespace", self._namespace]
+        own = ["--address", str(self.address), "--namespace", self.namespace]
         return [self.release.program("ctr"), *own, *(str(each) for each in arguments)]
 
     def ctr(self, *arguments: str | Path, timeout: float = 60) -> str:
@@ -210,11 +210,28 @@ class Containerd:
         options += self._local(not transfer)
         self.ctr("images", "pull", *options, reference, timeout=timeout)
 
-    def import_archive(self, archive: Path, *, snapshotter: str = "", timeout: float = 120) -> str:
-        """Import an ``oci-archive`` and unpack it; returns the image's reference: the name it was written under."""
-        options = ["--snapshotter", snapshotter or self.snapshotter, *self._local(True)]
-        said = self.ctr("images", "import", *options, archive, timeout=timeout)
-        return next(line.split()[1] for line in said.splitlines() if line.startswith("unpacking "))
+    def import_archive(
+        self,
+        archive: Path,
+        *,
+        snapshotter: str = "",
+        transfer: bool = False,
+        timeout: float = 120,
+    ) -> str:
+        """Import an ``oci-archive`` and unpack it; returns the image's reference: the name it was written under.
+
+        ``ctr`` unpacks it; with ``transfer`` (from 1.7 on) containerd's transfer service does.
+        """
+        options = ["--snapshotter", snapshotter or self.snapshotter, *self._local(not transfer)]
+        # What ctr says of it differs by version, and the progress of a transfer has blanks for the name's hyphens.
+        known = self.images()
+        self.ctr("images", "import", *options, archive, timeout=timeout)
+        (imported,) = self.images() - known
+        return imported
+
+    def images(self) -> set[str]:
+        """The references of all images."""
+        return set(self.ctr("images", "ls", "--quiet").split())
 
     def _local(self, local: bool) -> list[str]:
         """Who is to fetch and unpack: ``ctr`` itself, or the transfer service, which 1.6 has not."""

@@ -12,22 +12,9 @@ from testbed.images import Layer, NixLayerManner
 from testbed.synthetic import SimpleClosure
 
 from .conftest import Node, NodeMaker
+from .cri import cri_pull
 
 NixLayers = Callable[..., Layer]
-
-
-def field(number: int, value: bytes) -> bytes:
-    """A length-delimited field of a protobuf message (protobuf.dev, "Encoding")."""
-    length = len(value)
-    size = bytes([length]) if length < 128 else bytes([length & 127 | 128, length >> 7])
-    return bytes([number << 3 | 2]) + size + value
-
-
-def cri_pull(node: Node, reference: str) -> None:
-    """runtime.v1.ImageService/PullImage with ``image`` (1) as ImageSpec, whose ``image`` (1) is the reference."""
-    with grpc.insecure_channel(f"unix:{node.containerd.address}") as channel:
-        pull = channel.unary_unary("/runtime.v1.ImageService/PullImage", bytes, bytes)
-        pull(field(1, field(1, reference.encode())), timeout=60)
 
 
 @pytest.fixture
