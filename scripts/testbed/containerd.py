@@ -40,6 +40,10 @@ PROXY = """\
   type = "snapshot"
   address = "{address}"
 """
+# From 2.0 on: containerd does not give every file of an image another owner for a user namespace.
+REMAP_IDS = """\
+  capabilities = ["remap-ids"]
+"""
 # Where the transfer service may unpack. It knows overlayfs only as long as nothing is said.
 UNPACK = """\
 [[plugins."io.containerd.transfer.v1.local".unpack_config]]
@@ -64,6 +68,32 @@ CRI_OF_VERSION_3 = """\
   bin_dirs = ["{work}/cni"]
   conf_dir = "{work}/cni"
 """
+# For pods. Their network namespaces and runc's state would be in directories shared with others, and to be spared when
+# memory runs out is not for everybody to ask.
+PODS = """\
+[plugins."io.containerd.cri.v1.images".pinned_images]
+  sandbox = "{image}"
+[plugins."io.containerd.cri.v1.runtime"]
+  netns_mounts_under_state_dir = true
+  restrict_oom_score_adj = true
+[plugins."io.containerd.cri.v1.runtime".containerd.runtimes.runc]
+  runtime_type = "io.containerd.runc.v2"
+[plugins."io.containerd.cri.v1.runtime".containerd.runtimes.runc.options]
+  Root = "{work}/runc"
+"""
+# Says that a pod has a network, which none of ours needs: nothing but this file's answer is there.
+NETWORK = {
+    "pods.conflist": '{"cniVersion": "1.0.0", "name": "pods", "plugins": [{"type": "none"}]}',
+    "none": """\
+#!/bin/sh
+echo '{"cniVersion": "1.0.0", "interfaces": [{"name": "eth0", "sandbox": "'"$CNI_NETNS"'"}],
+"ips": [{"interface": 0, "address": "192.0.2.1/32"}]}'
+""",
+    "loopback": """\
+#!/bin/sh
+echo '{"cniVersion": "1.0.0"}'
+""",
+}
 CRI_PLUGINS = (
     "io.containerd.grpc.v1.cri",
     "io.containerd.cri.v1.images",
@@ -303,18 +333,30 @@ class Containerd:
 
 @contextlib.contextmanager
 def containerd(
-    work: Path, *, proxy: Path | None = None, cri: bool = False, release: Release | None = None
+    work: Path,
+    *,
+    proxy: Path | None = None,
+    cri: bool = False,
+    release: Release | None = None,
+    remap_ids: bool = False,
+    sandbox: str = "",
 ) -> Iterator[Containerd]:
     """Run a containerd of its own for the time of the context; containers left over are ended with it.
 
     ``work`` is a new directory with a short path, on a file system that can be overlay's upper.
     ``proxy`` is the socket of a proxy snapshotter, which is known as ``fusesnap`` and used unless a call names
     another; without it, that is containerd's own ``overlayfs``. With ``cri`` it serves Kubernetes' calls too, and
-    ``ctr`` works in their namespace. ``release`` is the host's own unless given.
+    ``ctr`` works in their namespace. ``release`` is the host's own unless given. ``remap_ids``: the
+    proxy snapshotter is said to map the ids of user namespaces. ``sandbox`` (from 2.0 on): the image that pods run on.
     """
     work.mkdir(parents=True, exist_ok=True)
     release = release or Release.of()
-    (work / "containerd.toml").write_text(_configuration(work, release, proxy, cri=cri))
+    (work / "containerd.toml").write_text(
+        _configuration(work, release, proxy, cri=cri, remap_ids=remap_ids)
+        + (PODS.format(image=sandbox, work=work) if sandbox else "")
+    )
+    if sandbox:
+        _write_network(work / "cni")
     try:
         with _running(work, release, work / "containerd.log") as service:
             instance = Containerd(
@@ -339,7 +381,9 @@ def _running(work: Path, release: Release, log: Path) -> contextlib.AbstractCont
     return running(command, log=log, env=release.environment)
 
 
-def _configuration(work: Path, release: Release, proxy: Path | None, *, cri: bool) -> str:
+def _configuration(
+    work: Path, release: Release, proxy: Path | None, *, cri: bool, remap_ids: bool
+) -> str:
     """What containerd.toml says. From 2.0 on it has version 3, in which CRI's plugins have other names."""
     newer = release.major >= 2
     disabled = [plugin for plugin in DISABLED if not (cri and plugin in CRI_PLUGINS)]
@@ -349,12 +393,19 @@ def _configuration(work: Path, release: Release, proxy: Path | None, *, cri: boo
         disabled=", ".join(f'"{plugin}"' for plugin in disabled),
     )
     if proxy:
-        text += PROXY.format(name=SNAPSHOTTER, address=proxy)
+        text += PROXY.format(name=SNAPSHOTTER, address=proxy) + REMAP_IDS * remap_ids
         for name in (SNAPSHOTTER, "overlayfs"):
             text += UNPACK.format(name=name)
     if cri:
         text += (CRI_OF_VERSION_3 if newer else CRI).format(name=SNAPSHOTTER, work=work)
     return text
+
+
+def _write_network(directory: Path) -> None:
+    directory.mkdir()
+    for name, text in NETWORK.items():
+        (directory / name).write_text(text)
+        (directory / name).chmod(0o755)
 
 
 def end_containers(work: Path) -> None:

@@ -132,6 +132,8 @@ def make_node(work: Path, image_registry: Registry, key: SigningKey) -> Iterator
             options: Sequence[str] = (),
             cri: bool = False,
             release: Release | None = None,
+            remap_ids: bool = False,
+            sandbox: str = "",
         ) -> Node:
             daemon = stack.enter_context(
                 fusesnap_daemon(
@@ -139,7 +141,14 @@ def make_node(work: Path, image_registry: Registry, key: SigningKey) -> Iterator
                 )
             )
             client = stack.enter_context(
-                containerd(work / "c", proxy=daemon.address, cri=cri, release=release)
+                containerd(
+                    work / "c",
+                    proxy=daemon.address,
+                    cri=cri,
+                    release=release,
+                    remap_ids=remap_ids,
+                    sandbox=sandbox,
+                )
             )
             return Node(client, daemon, image_registry, work)
 
