@@ -1,6 +1,7 @@
 """Where snapshots are on disk: ``snapshots/<id>/`` with ``fs`` (the layer), ``work`` (overlay's) and ``base``.
 
 ``base`` is there for a layer that adds to store paths of a layer below: they are whole in it, as they were below.
+``shifted`` is there for a snapshot that containerd rewrites for a user namespace (see ``owners``).
 
 The functions here make single system calls in a given order and keep no state; the metastore's transaction around them
 says which directories are owned.
@@ -23,6 +24,8 @@ from fusesnap.store.storage_errors import storage
 # Names that no id has: what is being made, and what is being removed. Both are nobody's after a crash.
 NEW: Final = "new-"
 REMOVED: Final = "rm-"
+
+SHIFTED: Final = "shifted"
 
 FS_MODE: Final = 0o755  # containerd's: a container's / is that of its upper directory
 WORK_MODE: Final = 0o711
@@ -49,28 +52,51 @@ class Directories:
         """The layer directly below ``fs``, of a snapshot whose layer is completed."""
         return self._root / str(id_) / "base"
 
-    def create(self, id_: int, kind: Kind, parent: int | None) -> None:
+    def shifted_to(self, id_: int) -> tuple[int, int] | None:
+        """Which user and group the root of a snapshot was given, if it was rewritten for a user namespace."""
+        if not os.path.lexists(self._root / str(id_) / SHIFTED):
+            return None
+        owner = self.fs(id_).lstat()
+        return owner.st_uid, owner.st_gid
+
+    def create(
+        self,
+        id_: int,
+        kind: Kind,
+        parent: int | None,
+        *,
+        owner: tuple[int, int] | None = None,
+        shifted: bool = False,
+    ) -> None:
         """Make the directory of a new snapshot, durably. Raises ``StorageFailure``.
 
-        The owner of its root is the parent's, as containerd's overlayfs snapshotter has it.
+        The ``owner`` of its root is the parent's if none is given, as containerd's overlayfs snapshotter has it.
+        ``shifted``: it is to be rewritten for a user namespace.
         """
         temporary = self._root / f"{NEW}{secrets.token_hex(8)}"
         with storage("create", temporary):
             try:
                 temporary.mkdir(mode=0o700)
-                self._fill(temporary, kind, parent)
+                self._fill(temporary, kind, owner or self._owner(parent))
+                if shifted:
+                    (temporary / SHIFTED).mkdir()
                 self._take_place(temporary, id_)
             except BaseException:
                 with suppress(StorageFailure):  # the error that led here is the one to be told
                     remove_tree(temporary)
                 raise
 
-    def _fill(self, directory: Path, kind: Kind, parent: int | None) -> None:
+    def _owner(self, parent: int | None) -> tuple[int, int] | None:
+        if parent is None:
+            return None
+        owner = self.fs(parent).lstat()
+        return owner.st_uid, owner.st_gid
+
+    def _fill(self, directory: Path, kind: Kind, owner: tuple[int, int] | None) -> None:
         fs = directory / "fs"
         fs.mkdir()
-        if parent is not None:
-            owner = self.fs(parent).lstat()
-            os.chown(fs, owner.st_uid, owner.st_gid)
+        if owner is not None:
+            os.chown(fs, *owner)
         fs.chmod(FS_MODE)  # whatever the umask
         if kind is Kind.ACTIVE:
             (directory / "work").mkdir()

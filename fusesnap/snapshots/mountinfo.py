@@ -13,6 +13,8 @@ from typing import Final
 from fusesnap.store.storage_errors import storage
 
 MOUNTINFO: Final = Path("/proc/self/mountinfo")
+# In the state directory: what is below is the state directory, or a mount in it, as user namespaces see it.
+IDMAPPED_NAME: Final = "idmapped"
 
 _ESCAPE: Final = re.compile(rb"\\([0-7]{3})")  # the kernel's: space, comma, backslash and more
 _MARK: Final = b"upperdir="
@@ -38,14 +40,22 @@ class OverlayMount:
         return tuple(lists[0].split(":")) if lists else ()
 
     def has_layer_below(self, directory: Path) -> bool:
-        """Whether a lower directory is in ``directory``.
+        """Whether a lower directory is in ``directory``, a mount in the state directory, or in an idmapped clone of it.
 
         Where options are longer than a page, containerd makes lower directories relative to what they have in common
         (``mount_linux.go`` in its ``mount`` package).
         """
-        return any(
-            lower.startswith((f"{directory}/", f"{directory.name}/")) for lower in self.lowers
-        )
+        top, name = re.escape(str(directory.parent)), re.escape(directory.name)
+        inside = re.compile(rf"({top}/)?({IDMAPPED_NAME}/\d+/)?{name}/")
+        return any(inside.match(lower) for lower in self.lowers)
+
+
+def devices(path: Path = MOUNTINFO) -> dict[Path, str]:
+    """Where something is mounted, and the device number of what is on top there. Raises ``StorageFailure``."""
+    with storage("read", path):
+        lines = path.read_bytes().splitlines()
+    words = (line.split(b" ", 5) for line in lines)
+    return {Path(_unescape(point)): device.decode() for _, _, device, _, point, *_ in words}
 
 
 def overlay_mounts(path: Path = MOUNTINFO) -> tuple[OverlayMount, ...]:

@@ -74,9 +74,9 @@ def view_layers(generation: Generation, farms: Farms, store_layer: Path) -> tupl
     return tuple(layer for layer in layers if layer is not None)
 
 
-def bind(directory: Path, *, writable: bool) -> Mount:
-    """Show one directory as it is."""
-    return Mount("bind", str(directory), ("rw" if writable else "ro", "rbind"))
+def bind(directory: Path, *, writable: bool, mapped: Sequence[str] = ()) -> Mount:
+    """Show one directory as it is. ``mapped`` as in :func:`overlay`."""
+    return Mount("bind", str(directory), (*mapped, "rw" if writable else "ro", "rbind"))
 
 
 def overlay(
@@ -85,12 +85,16 @@ def overlay(
     *,
     upper: tuple[Path, Path] | None,
     redirects: bool,
+    mapped: Sequence[str] = (),
 ) -> Mount:
     """Show ``lowers``, topmost first, with ``upper`` (and its work directory) for what is written.
 
-    ``redirects``: farms are among the lowers.
+    ``redirects``: farms are among the lowers. ``mapped``: options that have containerd idmap the lowers, by a clone of
+    the directory that they have in common. Mounts below it are not in the clone, so none of the lowers may be in one.
     """
-    words = [] if upper is None else [f"workdir={upper[1]}", f"upperdir={upper[0]}"]
+    words = list(mapped)
+    if upper is not None:
+        words += [f"workdir={upper[1]}", f"upperdir={upper[0]}"]
     words.append("lowerdir=" + ":".join(map(str, lowers)))
     words.extend(options.common)
     if redirects:

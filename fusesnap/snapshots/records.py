@@ -75,6 +75,9 @@ class NixFacts:
     overridden: Overridden
 
 
+NOTHING_NIX = NixFacts(MappingProxyType({}), Overridden())
+
+
 @dataclass(frozen=True, slots=True)
 class Generation:
     """The layers of ours in the mounts of a snapshot: which farms, by key, and what FUSE serves, if anything.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Final
 
@@ -12,15 +13,18 @@ import trio
 
 from fusesnap.errors import (
     FailedPrecondition,
+    FusesnapError,
     StorageFailure,
     Unavailable,
     Unsupported,
 )
 from fusesnap.nix.store_path import StoreDir
 from fusesnap.snapshots import overlay
+from fusesnap.snapshots.answers import Answers
 from fusesnap.snapshots.completion import complete
 from fusesnap.snapshots.directories import Directories, remove_tree
 from fusesnap.snapshots.farms import STORE_NAME, Farms
+from fusesnap.snapshots.idmapped import Clones, IdmappedMounts
 from fusesnap.snapshots.interface import (
     CommittedStore,
     Info,
@@ -37,7 +41,8 @@ from fusesnap.snapshots.metastore import Metastore
 from fusesnap.snapshots.mountinfo import OverlayMount, overlay_mounts
 from fusesnap.snapshots.nix_layer import NixLayers
 from fusesnap.snapshots.overlay import OverlayOptions
-from fusesnap.snapshots.records import Chain, Generation, NixFacts, Snapshot
+from fusesnap.snapshots.owners import Owners, is_shifting
+from fusesnap.snapshots.records import NOTHING_NIX, Chain, Generation, NixFacts, Snapshot
 from fusesnap.snapshots.transaction import Transaction
 from fusesnap.snapshots.usage import disk_usage
 from fusesnap.snapshots.views import Plan, Views
@@ -80,12 +85,13 @@ class Snapshotter(Snapshots):
         self._store = store
         self._farms = farms
         self._store_dir = store_dir
-        self._options = options
         self._clock = clock
         self._release_readers = release_readers
         self._directories = Directories(root / "snapshots")
+        self._idmapped = IdmappedMounts(root)
         self._nix = NixLayers(store, paths, store_dir, by_content=recognise_by_content)
-        self._views = Views(store, paths, self._nix, lazy, store_dir)
+        views = Views(store, paths, self._nix, lazy, store_dir)
+        self._answers = Answers(self._directories, farms, store, views, self._idmapped, options)
 
     async def recover(self) -> None:
         """Look at what an earlier life has left. To be called once, before any other call but :meth:`remove_leftovers`.
@@ -183,7 +189,7 @@ class Snapshotter(Snapshots):
         was ever answered stays on disk until Remove: a client mounts later than it asks.
         """
 
-        def read() -> tuple[Snapshot, Chain, list[Generation]]:
+        def read() -> tuple[Snapshot, Chain, Owners, list[Generation]]:
             with self._metastore.reading() as transaction:
                 snapshot = transaction.snapshot(key)
                 if snapshot.info.kind is Kind.COMMITTED:
@@ -191,17 +197,21 @@ class Snapshotter(Snapshots):
                         f"snapshot {key!r}: expected an active snapshot or a view, got a committed one"
                     )
                 chain = transaction.chain(snapshot.info.parent)
-                return snapshot, chain, transaction.generations(snapshot.id)
+                answered = transaction.generations(snapshot.id)
+            return snapshot, chain, self._answers.owners(key, snapshot.info.labels, chain), answered
 
-        snapshot, chain, answered = await trio.to_thread.run_sync(read)
-        if not _shows_store(key, chain):
-            return self._mounts(snapshot.id, snapshot.info.kind, chain, None)
-        generation = await trio.to_thread.run_sync(self._standing, snapshot, answered)
-        if generation is None:
-            plan = await self._views.plan(chain, self._image_layers(chain))
-            generation = plan.generation
-            await trio.to_thread.run_sync(self._answer_with, snapshot, chain, plan)
-        return self._mounts(snapshot.id, snapshot.info.kind, chain, generation)
+        snapshot, chain, owners, answered = await trio.to_thread.run_sync(read)
+        generation = None
+        if _shows_store(key, chain):
+            generation = await trio.to_thread.run_sync(self._standing, snapshot, answered)
+            if generation is not None:
+                await trio.to_thread.run_sync(self._idmap, snapshot.id, owners, generation)
+            else:
+                plan, clones = await self._answers.plan(chain, owners)
+                with clones or nullcontext():
+                    await trio.to_thread.run_sync(self._answer_with, snapshot, chain, plan, clones)
+                generation = plan.generation
+        return self._answers.mounts(snapshot.id, snapshot.info.kind, chain, generation, owners)
 
     async def commit(
         self, name: str, key: str, labels: Mapping[str, str], parent: str = ""
@@ -216,10 +226,12 @@ class Snapshotter(Snapshots):
 
         active, chain = await trio.to_thread.run_sync(check)
         all_labels = {**active.info.labels, **labels}
+        facts = NOTHING_NIX
         try:
-            facts = await self._nix.facts(
-                self._directories.fs(active.id), all_labels, chain.paths, self._image_layers(chain)
-            )
+            if not is_shifting(key):
+                layers = self._answers.image_layers(chain)
+                fs = self._directories.fs(active.id)
+                facts = await self._nix.facts(fs, all_labels, chain.paths, layers)
             await trio.to_thread.run_sync(self._commit, active, chain, key, name, labels, facts)
         except StorageFailure:
             await trio.to_thread.run_sync(self._check_there, active)
@@ -249,20 +261,24 @@ class Snapshotter(Snapshots):
     async def _create(
         self, kind: Kind, key: str, parent: str, labels: Mapping[str, str]
     ) -> Sequence[Mount]:
-        def check() -> Chain:
+        def check() -> tuple[Chain, Owners]:
             with self._metastore.reading() as transaction:
                 chain = transaction.chain(parent)
                 transaction.check_free(key)
-                return chain
+            return chain, self._answers.owners(key, labels, chain)
 
-        chain = await trio.to_thread.run_sync(check)
+        chain, owners = await trio.to_thread.run_sync(check)
         if kind is Kind.ACTIVE:
             await self._nix.labelled(labels)
-        plan = None
+        plan, clones = None, None
         if _shows_store(key, chain):
-            plan = await self._views.plan(chain, self._image_layers(chain))
-        id_ = await trio.to_thread.run_sync(self._insert, kind, key, parent, labels, chain, plan)
-        return self._mounts(id_, kind, chain, plan.generation if plan is not None else None)
+            plan, clones = await self._answers.plan(chain, owners)
+        with clones or nullcontext():
+            id_ = await trio.to_thread.run_sync(
+                self._insert, kind, key, parent, labels, chain, owners, plan, clones
+            )
+        generation = plan.generation if plan is not None else None
+        return self._answers.mounts(id_, kind, chain, generation, owners)
 
     def _insert(
         self,
@@ -271,7 +287,9 @@ class Snapshotter(Snapshots):
         parent: str,
         labels: Mapping[str, str],
         chain: Chain,
+        owners: Owners,
         plan: Plan | None,
+        clones: Clones | None,
     ) -> int:
         if plan is not None:
             self._build(plan)  # may take long: not while others wait for their turn to write
@@ -280,15 +298,32 @@ class Snapshotter(Snapshots):
             parent_id = _same_parent(transaction, parent, chain)
             if plan is not None:
                 self._record(transaction, id_, parent_id, plan)
-            self._directories.create(id_, kind, parent_id)
+            owner = owners.mapping.root if owners.mapping is not None else None
+            shifted = is_shifting(key)
+            self._directories.create(id_, kind, parent_id, owner=owner, shifted=shifted)
+            self._idmapped.remove(id_)  # of a transaction that was rolled back and had this id
+            if clones is not None:
+                self._idmapped.attach(id_, clones)
         return id_
 
-    def _answer_with(self, snapshot: Snapshot, chain: Chain, plan: Plan) -> None:
+    def _answer_with(
+        self, snapshot: Snapshot, chain: Chain, plan: Plan, clones: Clones | None
+    ) -> None:
         self._build(plan)
         with self._metastore.writing() as transaction:
             _check_same(snapshot, transaction.snapshot(snapshot.info.name))
             parent_id = _same_parent(transaction, snapshot.info.parent, chain)
             self._record(transaction, snapshot.id, parent_id, plan)
+            if clones is not None:
+                self._idmapped.attach(snapshot.id, clones)
+
+    def _idmap(self, id_: int, owners: Owners, generation: Generation) -> None:
+        """Have the idmapped mounts that an answer was given with."""
+        clones = self._answers.idmap(id_, owners, generation)
+        if clones is not None:
+            with clones, self._metastore.writing() as transaction:
+                if id_ in transaction.ids():
+                    self._idmapped.attach(id_, clones)
 
     def _build(self, plan: Plan) -> None:
         for farm in plan.farms:
@@ -352,29 +387,6 @@ class Snapshotter(Snapshots):
         # A view has nothing of its own in its mount: another's mount with the same layers counts as its own.
         return _used(answered, mounts)
 
-    def _mounts(
-        self, id_: int, kind: Kind, chain: Chain, generation: Generation | None
-    ) -> tuple[Mount, ...]:
-        lowers = [*self._image_layers(chain)]
-        if generation is not None:
-            lowers[:0] = overlay.view_layers(generation, self._farms, self._store.layer)
-        fs = self._directories.fs(id_)
-        if not lowers:
-            return (overlay.bind(fs, writable=kind is Kind.ACTIVE),)
-        if kind is Kind.VIEW and len(lowers) == 1:  # overlayfs wants two layers
-            return (overlay.bind(lowers[0], writable=False),)
-        upper = (fs, self._directories.work(id_)) if kind is Kind.ACTIVE else None
-        redirects = generation is not None
-        return (overlay.overlay(lowers, self._options, upper=upper, redirects=redirects),)
-
-    def _image_layers(self, chain: Chain) -> list[Path]:
-        layers = []
-        for layer in chain.layers:
-            layers.append(self._directories.fs(layer.id))
-            if layer.completed:
-                layers.append(self._directories.base(layer.id))
-        return layers
-
     def _read(self, key: str) -> Snapshot:
         with self._metastore.reading() as transaction:
             return transaction.snapshot(key)
@@ -389,6 +401,7 @@ class Snapshotter(Snapshots):
             log.warning("removed %s, which was being built", farm)
         with self._metastore.reading() as transaction:
             ids = transaction.ids()
+        self._idmap_again()
         for id_ in self._directories.missing(ids):
             log.error("the directory %s of a snapshot is missing", self._directories.fs(id_))
 
@@ -398,6 +411,22 @@ class Snapshotter(Snapshots):
                 log.warning("removed %s, which no snapshot owns", leftover)
         except StorageFailure as error:  # nobody waits for it, and cleanup tries again
             log.warning("%s", error)
+
+    def _idmap_again(self) -> None:
+        """Have the idmapped mounts of what was answered in an earlier life, on the FUSE mount of this one."""
+        had = self._idmapped.ids()
+        with self._metastore.reading() as transaction:
+            answers = [
+                (snapshot, transaction.chain(snapshot.info.parent), _most_fuse(generations))
+                for snapshot in (transaction.snapshots() if had else ())
+                if snapshot.id in had and (generations := transaction.generations(snapshot.id))
+            ]
+        for snapshot, chain, generation in answers:
+            try:
+                owners = self._answers.owners(snapshot.info.name, snapshot.info.labels, chain)
+                self._idmap(snapshot.id, owners, generation)
+            except FusesnapError as error:  # the next call for this snapshot says so again
+                log.warning("snapshot %s: %s", snapshot.info.name, error)
 
     def _check_store_layer(self) -> None:
         """Overlayfs looks below a redirect's target in every further layer: only the opaque mark ends that search."""
@@ -418,6 +447,8 @@ class Snapshotter(Snapshots):
             rubbish = self._directories.set_orphans_aside(transaction.ids())
             farms = self._farms.set_aside_unused(transaction.farms(), overlay_mounts())
             rubbish.update((farm, farm) for farm in farms)
+            for id_ in self._idmapped.ids() - transaction.ids():
+                self._idmapped.remove(id_)
         removed = []
         for path, former in rubbish.items():
             try:
@@ -449,8 +480,17 @@ def _same_parent(transaction: Transaction, parent: str, chain: Chain) -> int | N
 
 
 def _shows_store(key: str, chain: Chain) -> bool:
-    """Whether a snapshot's mounts have the store above the image. A layer being unpacked goes onto plain layers."""
-    return bool(chain.paths) and not key.rpartition("/")[2].startswith(UNPACK_PREFIX)
+    """Whether a snapshot's mounts have the store above the image.
+
+    A layer being unpacked goes onto plain layers, and what is rewritten for a user namespace are plain layers.
+    """
+    plain = key.rpartition("/")[2].startswith(UNPACK_PREFIX) or is_shifting(key)
+    return bool(chain.paths) and not plain
+
+
+def _most_fuse(answered: Sequence[Generation]) -> Generation:
+    """The newest generation with FUSE in it, or the newest of all."""
+    return next((each for each in reversed(answered) if not each.complete), answered[-1])
 
 
 def _used(answered: Sequence[Generation], mounts: Sequence[OverlayMount]) -> Generation | None:

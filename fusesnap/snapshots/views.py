@@ -54,14 +54,16 @@ class Views:
         self._lazy = lazy
         self._store_dir = store_dir
 
-    async def plan(self, chain: Chain, image_layers: Sequence[Path]) -> Plan:
-        """The view of a chain that has store paths, as it is best now.
+    async def plan(
+        self, chain: Chain, image_layers: Sequence[Path], *, complete: bool = False
+    ) -> Plan:
+        """The view of a chain that has store paths, as it is best now; ``complete``: when nothing is missing.
 
         Missing single files, and paths that may be some, are fetched in the background from here on. Raises
-        ``StorageFailure``, and what ``PathSource.realise`` raises where there is no lazy layer.
+        ``StorageFailure``, and what ``PathSource.realise`` raises where nothing may be missing.
         """
         missing = set(await self._nix.missing(chain.paths))
-        if self._lazy is None:
+        if complete or self._lazy is None:
             await self._nix.realise_all(missing)
             missing = set()
         paths = await trio.to_thread.run_sync(self._sort, chain, missing)

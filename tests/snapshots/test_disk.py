@@ -405,6 +405,25 @@ def test_mountinfo_is_unescaped() -> None:
     assert second.names_all(("def",))
 
 
+@pytest.mark.parametrize(
+    ("lowers", "expected"),
+    [
+        ("/s/farms/1:/s/layer:/s/lazy/layer:/s/snapshots/1/fs", True),
+        ("farms/1:layer:lazy/views/7:snapshots/1/fs", True),
+        ("/s/idmapped/4/state/farms/1:/s/idmapped/4/lazy/layer", True),
+        ("state/farms/1:lazy/layer:state/snapshots/1/fs", True),
+        ("idmapped/4/state/farms/1:idmapped/4/lazy/layer", True),
+        ("/s/farms/1:/s/layer:/s/snapshots/1/fs", False),
+        ("/s/idmapped/4/state/farms/1:/s/idmapped/4/state/layer", False),
+        ("/s/lazy-other/layer:/other/lazy/layer", False),
+    ],
+)
+def test_a_mount_on_fuse_is_known_however_it_names_its_layers(lowers: str, expected: bool) -> None:
+    line = f"1 2 0:3 / /mnt rw - overlay overlay rw,lowerdir={lowers},upperdir=/u,workdir=/w"
+    (mount,) = parse(line.encode())
+    assert mount.has_layer_below(Path("/s/lazy")) is expected
+
+
 async def test_the_kernels_own_mountinfo(bench: Bench) -> None:
     await bench.layer("one", "", {})
     await bench.run("key", "one")
