@@ -25,7 +25,8 @@ FUSE_INIT = 26
 NOTIFY_RESEND = struct.pack("<IiQ", 16, 7, 0)  # a notification has unique 0 and its code in error
 ASYNC_READ, BIG_WRITES, DO_READDIRPLUS = 1 << 0, 1 << 5, 1 << 13
 PARALLEL_DIROPS, MAX_PAGES, CACHE_SYMLINKS, INIT_EXT = 1 << 18, 1 << 22, 1 << 23, 1 << 30
-HAS_RESEND, ALLOW_IDMAP = 1 << (39 - 32), 1 << (40 - 32)  # in flags2
+# In flags2. Without the mount's default_permissions the kernel refuses ALLOW_IDMAP: only it knows both ids of a caller.
+HAS_RESEND, ALLOW_IDMAP = 1 << (39 - 32), 1 << (40 - 32)
 # READDIRPLUS_AUTO is left out: with it the kernel sends plain readdir, which pyfuse3 answers with ENOSYS.
 FLAGS = (
     ASYNC_READ
@@ -67,6 +68,11 @@ class Connection:
     def can_resend(self) -> bool:
         """Whether the kernel can send again what a dead worker had taken (Linux 6.9)."""
         return bool(_flags2(self.init_request) & HAS_RESEND)
+
+    @property
+    def can_idmap(self) -> bool:
+        """Whether the mount can be mounted idmapped, for containers with user namespaces (Linux 6.12)."""
+        return bool(_flags2(self.init_request) & ALLOW_IDMAP)
 
     def resend(self) -> None:
         """Ask the kernel to send again what was taken and not answered, if it can."""
@@ -118,6 +124,13 @@ def detach(mountpoint: Path, *, abort: bool = False) -> None:
     while str(mountpoint) in mount_points():
         flags = MNT_DETACH | (MNT_FORCE if abort else 0)
         system_call("umount2", os.fsencode(mountpoint), flags)
+
+
+def detach_below(directory: Path) -> None:
+    """Take away every mount below ``directory``. Who uses one goes on."""
+    for point in mount_points():
+        if point.startswith(f"{directory}/"):
+            detach(Path(point))
 
 
 def mount(mountpoint: Path, readahead: int) -> Connection:

@@ -325,6 +325,7 @@ class Supervisor:
         os.close(self.connection.fuse)
         # Readers get ENOTCONN: also a child of ours that waits for a page, which even SIGKILL would not end before.
         fuse_mount.detach(self.mountpoint, abort=True)
+        fuse_mount.detach_below(self.root / "idmapped")  # the services process makes them anew
         self.reap(running, wake)
 
     def reap(self, running: list[Process], wake: int) -> list[Process]:

@@ -56,6 +56,17 @@ def test_another_request_than_init_is_refused_with_a_reason() -> None:
         fuse_mount.answer_init(bytes(request), 0)
 
 
+def test_mounts_below_a_directory_are_taken_away(tmp_path: Path) -> None:
+    for name in ("below/1", "below/1/2", "beside"):
+        (tmp_path / name).mkdir(parents=True, exist_ok=True)
+        subprocess.run(["mount", "-t", "tmpfs", "tmpfs", tmp_path / name], check=True)
+        (tmp_path / name / "2").mkdir()
+    fuse_mount.detach_below(tmp_path / "below")
+    left = {point for point in fuse_mount.mount_points() if point.startswith(str(tmp_path))}
+    assert left == {f"{tmp_path}/beside"}
+    fuse_mount.detach(tmp_path / "beside")
+
+
 @pytest.mark.parametrize(("flags2", "can"), [(0, False), (fuse_mount.HAS_RESEND, True)])
 def test_whether_the_kernel_can_resend_is_in_its_first_request(flags2: int, can: bool) -> None:
     assert Connection(-1, init_request(40, 0, flags2), "0:1").can_resend is can
