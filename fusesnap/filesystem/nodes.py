@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from fusesnap.filesystem.inode import Inode
+from fusesnap.nix.tree import STORE_MTIME_NS
 
 # Everything under a store path is immutable, and the kernel may keep what it was told for as long as it likes.
 FOREVER = 1e9
@@ -33,7 +34,7 @@ class Attributes:
     uid: int = 0
     gid: int = 0
     rdev: int = 0
-    mtime_ns: int = 1_000_000_000  # Nix's canonical mtime: one second
+    mtime_ns: int = STORE_MTIME_NS
     timeout: float = FOREVER
 
 

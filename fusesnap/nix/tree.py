@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from itertools import accumulate
-from typing import overload
+from typing import Final, overload
 
 from fusesnap.errors import InvalidData
 from fusesnap.nix.nar import (
@@ -26,6 +26,11 @@ from fusesnap.nix.nar import (
     Symlink,
 )
 from fusesnap.nix.quoting import quote
+
+# When everything in a store was last modified: one second after the epoch, as Nix has it, and a nanosecond. Nix looks
+# at the second alone; containerd's walking differ compares the contents of two files where neither time has
+# nanoseconds (``sameFile`` in ``fs/path.go`` of containerd/continuity), and would read, and fetch, all there is.
+STORE_MTIME_NS: Final = 1_000_000_001
 
 
 class EntryKind(Enum):

@@ -14,8 +14,9 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from fusesnap.nix.store_path import StoreDir, StorePath
+from fusesnap.nix.tree import STORE_MTIME_NS
 from fusesnap.snapshots.directories import NEW, remove_tree
-from fusesnap.snapshots.farms import STORE_MTIME_NS, STORE_ROOT_MODE
+from fusesnap.snapshots.farms import STORE_ROOT_MODE
 from fusesnap.snapshots.interface import CommittedStore
 from fusesnap.store.storage_errors import storage
 

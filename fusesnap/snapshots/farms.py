@@ -29,6 +29,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from fusesnap.nix.tree import STORE_MTIME_NS
 from fusesnap.snapshots.directories import NEW, REMOVED, remove_tree
 from fusesnap.snapshots.mountinfo import OverlayMount
 from fusesnap.store.storage_errors import storage
@@ -39,9 +40,8 @@ REDIRECT_XATTR: Final = "trusted.overlay.redirect"
 OVERLAY_XATTRS: Final = "trusted.overlay."
 
 STORE_ROOT_MODE: Final = 0o555
-STORE_MTIME_NS: Final = 1_000_000_000  # one second after the epoch, as in every Nix store
 
-_FORMAT: Final = "1"  # part of every name: a farm that another version built is another farm
+_FORMAT: Final = "2"  # part of every name: a farm that another version built is another farm
 _NAME_LENGTH: Final = (
     32  # hexadecimal digits; the names of all lower directories must fit into a page
 )

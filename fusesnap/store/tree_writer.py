@@ -16,14 +16,14 @@ from fusesnap.nix.nar import (
     RegularFile,
     Symlink,
 )
+from fusesnap.nix.tree import STORE_MTIME_NS
 
 # Nix manual, "File system object": modes and times carry nothing but the executable bit, so all are made alike
 # (``canonicalisePathMetaData`` in ``src/libstore/local-store.cc``).
 FILE_MODE: Final = 0o444
 EXECUTABLE_MODE: Final = 0o555
 DIRECTORY_MODE: Final = 0o555
-MTIME_NS: Final = 1_000_000_000
-_TIMES: Final = (MTIME_NS, MTIME_NS)
+_TIMES: Final = (STORE_MTIME_NS, STORE_MTIME_NS)
 
 _UNFINISHED_FILE_MODE: Final = 0o600
 _UNFINISHED_DIRECTORY_MODE: Final = 0o755

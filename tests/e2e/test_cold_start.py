@@ -15,6 +15,8 @@ from testbed.nix_store import CONFIGURATION, NixStore
 from testbed.processes import run
 from testbed.synthetic import SimpleClosure
 
+from fusesnap.nix.tree import STORE_MTIME_NS
+
 from .conftest import Node
 from .reading import fingerprint, restored, without_times
 
@@ -111,7 +113,7 @@ def test_a_cold_container_reads_the_same_as_nix_restores(
             found = fingerprint(container.root(), path)
             assert without_times(found) == without_times(expected), path
             assert all(
-                entry[-1] == 1_000_000_000 for entry in found.values() if entry[0] == stat.S_IFDIR
+                entry[-1] == STORE_MTIME_NS for entry in found.values() if entry[0] == stat.S_IFDIR
             )
 
 

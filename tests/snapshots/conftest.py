@@ -21,6 +21,7 @@ from hypothesis import settings
 from fusesnap.errors import ClosureUnavailable, FusesnapError, PathNotFound
 from fusesnap.nix.hash import nix32_encode
 from fusesnap.nix.store_path import StoreDir, StorePath
+from fusesnap.nix.tree import STORE_MTIME_NS
 from fusesnap.snapshots.farms import Farms
 from fusesnap.snapshots.interface import Mount
 from fusesnap.snapshots.metastore import Metastore
@@ -65,7 +66,7 @@ def canonicalise(path: Path) -> None:
         path.chmod(0o555)
     elif not path.is_symlink():
         path.chmod(0o444)
-    os.utime(path, (1, 1), follow_symlinks=False)
+    os.utime(path, ns=(STORE_MTIME_NS, STORE_MTIME_NS), follow_symlinks=False)
 
 
 def is_directory(path: str) -> bool:

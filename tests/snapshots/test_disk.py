@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from fusesnap.errors import AlreadyExists, StorageFailure, Unsupported
+from fusesnap.nix.tree import STORE_MTIME_NS
 from fusesnap.snapshots.directories import Directories, remove_tree
 from fusesnap.snapshots.farms import DirectoryMetadata, Farm, Farms, read_metadata
 from fusesnap.snapshots.interface import Kind
@@ -272,7 +273,10 @@ def test_a_farm(tmp_path: Path) -> None:
     assert whiteout.st_rdev == 0
     directory = top / "nix/store/dir"
     assert os.getxattr(directory, "trusted.overlay.redirect") == b"/.fusesnap-store/dir"
-    assert (stat.S_IMODE(directory.stat().st_mode), directory.stat().st_mtime_ns) == (0o555, 10**9)
+    assert (stat.S_IMODE(directory.stat().st_mode), directory.stat().st_mtime_ns) == (
+        0o555,
+        STORE_MTIME_NS,
+    )
     assert (top / "nix/store/file").samefile(tmp_path / "store" / "file")
     assert str((top / "nix/store/link").readlink()) == "target"
     modes = [stat.S_IMODE((top / name).stat().st_mode) for name in ("", "nix", "nix/store")]

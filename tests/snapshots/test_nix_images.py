@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from fusesnap.nix.store_path import MAX_NAME_LENGTH
+from fusesnap.nix.tree import STORE_MTIME_NS
 
 if TYPE_CHECKING:
     from tests.snapshots.conftest import Bench
@@ -334,7 +335,7 @@ async def test_a_layer_may_add_to_a_store_path(
         file = (store / hello.base_name / "share/man/b").stat()
         directory = (store / hello.base_name / "share/man").stat()
         assert [stat.S_IMODE(one.st_mode) for one in (file, directory)] == [0o444, 0o555]
-        assert [file.st_mtime_ns, directory.st_mtime_ns] == [10**9] * 2
+        assert [file.st_mtime_ns, directory.st_mtime_ns] == [STORE_MTIME_NS] * 2
     # What is then written in a container never reaches the store's inode, which the layer shares.
     root = bench.mounts.mount(await bench.snapshotter.prepare("writer", "two", {}))
     target = store_of(root) / hello.base_name / "bin/hello"

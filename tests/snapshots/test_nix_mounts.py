@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from fusesnap.nix.tree import STORE_MTIME_NS
 from fusesnap.snapshots.interface import Mount
 
 if TYPE_CHECKING:
@@ -59,10 +60,14 @@ async def test_directories_look_as_the_image_has_them(
             assert found == look
             assert os.getxattr(root / name, "user.note") == (name.encode() or b"root")
         path = (store_of(root) / hello.base_name).stat()
-        assert (stat.S_IMODE(path.st_mode), path.st_uid, path.st_mtime_ns) == (0o555, 0, 10**9)
+        assert (stat.S_IMODE(path.st_mode), path.st_uid, path.st_mtime_ns) == (
+            0o555,
+            0,
+            STORE_MTIME_NS,
+        )
         if committed:
             file = (store_of(root) / config.base_name).stat()
-            assert (stat.S_IMODE(file.st_mode), file.st_mtime_ns) == (0o444, 10**9)
+            assert (stat.S_IMODE(file.st_mode), file.st_mtime_ns) == (0o444, STORE_MTIME_NS)
 
 
 async def test_no_overlay_attribute_shows(bench: Bench) -> None:

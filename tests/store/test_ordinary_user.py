@@ -14,6 +14,7 @@ import pytest
 
 from fusesnap.nix.nar import nar_bytes
 from fusesnap.nix.store_path import StoreDir, StorePath
+from fusesnap.nix.tree import STORE_MTIME_NS
 from fusesnap.store.local_store import LocalStore
 from fusesnap.store.tree_reader import nar_events
 
@@ -63,7 +64,7 @@ def test_a_store_of_an_ordinary_user(
         top = store.location(closure[0][0].store_path)
         for directory in (top, top / "d", top / "d" / "e"):
             assert stat.S_IMODE(directory.stat().st_mode) == 0o555
-            assert directory.stat().st_mtime_ns == 1_000_000_000
+            assert directory.stat().st_mtime_ns == STORE_MTIME_NS
         assert store.counts().valid == 3
     content(store.nix_url, home, None if os.geteuid() else NOBODY)
 

@@ -248,8 +248,8 @@ def test_files_are_as_nix_restores_them(
         assert describe(target.location(path)) == describe(source.directory / "store" / str(path))
 
 
-def describe(location: Path) -> list[tuple[str, int, float, int, bytes]]:
-    """Names, modes, times, owners and contents of a tree."""
+def describe(location: Path) -> list[tuple[str, int, int, int, bytes]]:
+    """Names, modes, times in whole seconds, which Nix looks at, owners and contents of a tree."""
     described = []
     for path in [location, *sorted(location.rglob("*"))]:
         status = path.lstat()
@@ -257,7 +257,7 @@ def describe(location: Path) -> list[tuple[str, int, float, int, bytes]]:
         if path.is_file() and not path.is_symlink():
             data = path.read_bytes()
         name = str(path.relative_to(location))
-        described.append((name, status.st_mode, status.st_mtime, status.st_uid, data))
+        described.append((name, status.st_mode, int(status.st_mtime), status.st_uid, data))
     return described
 
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from fusesnap.errors import ContentMismatch, InvalidData, StorageFailure
 from fusesnap.nix.nar import DirectoryStart, NarEnd, NarEvent, RegularFile, Symlink, nar_bytes
 from fusesnap.nix.store_path import StorePath
-from fusesnap.nix.tree import TreeBuilder
+from fusesnap.nix.tree import STORE_MTIME_NS, TreeBuilder
 from fusesnap.store.local_store import LocalStore
 from fusesnap.store.locks import try_flock
 from fusesnap.store.staging import COMMIT_STEPS, StagedPath
@@ -61,7 +61,7 @@ def test_a_committed_path_has_its_nar_and_canonical_metadata(
             stat.S_IFREG: 0o555 if name == "bin/tool" else 0o444,
         }
         assert stat.S_IMODE(mode) == expected[stat.S_IFMT(mode)], name
-        assert (mtime, owner) == (1_000_000_000, os.geteuid()), name
+        assert (mtime, owner) == (STORE_MTIME_NS, os.geteuid()), name
     assert staging_of(store) == []
 
 
@@ -82,7 +82,7 @@ def test_a_path_may_be_of_any_kind(
     made = make("kind", tree)
     location = store.location(commit(store, made))
     assert b"".join(nar_bytes(nar_events(location))) == b"".join(nar_bytes(made[1]))
-    assert location.lstat().st_mtime_ns == 1_000_000_000
+    assert location.lstat().st_mtime_ns == STORE_MTIME_NS
 
 
 _names = st.binary(min_size=1, max_size=9).map(
