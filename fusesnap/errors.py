@@ -99,3 +99,7 @@ class NotFound(FusesnapError):
 
 class FailedPrecondition(FusesnapError):
     """The snapshot is there, but not in the state that the request needs."""
+
+
+class NotOurs(FusesnapError):
+    """A request that another service answers: whoever asked is to ask the next one."""

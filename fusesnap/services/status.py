@@ -2,7 +2,8 @@
 
 containerd reads a meaning into some of them, so they are used for nothing else: NOT_FOUND and ALREADY_EXISTS make its
 unpacker look for another snapshot and go on, FAILED_PRECONDITION from Remove makes its garbage collector wait,
-UNIMPLEMENTED from Cleanup makes it never ask again. A store path that is in no cache is therefore no NOT_FOUND.
+UNIMPLEMENTED from Cleanup makes it never ask again, and from a differ makes it ask the next one. A store path that is
+in no cache is therefore no NOT_FOUND.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ _CODES: Final = (
     (errors.InvalidConfiguration, grpc.StatusCode.FAILED_PRECONDITION),
     (errors.StateInUse, grpc.StatusCode.FAILED_PRECONDITION),
     (errors.Unsupported, grpc.StatusCode.FAILED_PRECONDITION),
+    (errors.NotOurs, grpc.StatusCode.UNIMPLEMENTED),
 )
 _DISK_IS_FULL: Final = {errno.ENOSPC, errno.EDQUOT}
 

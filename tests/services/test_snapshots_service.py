@@ -168,6 +168,7 @@ STATUSES = [
     (errors.StorageFailure("x", errno.ENOSPC), grpc.StatusCode.RESOURCE_EXHAUSTED),
     (errors.StorageFailure("x", errno.EROFS), grpc.StatusCode.INTERNAL),
     (errors.Unsupported("x"), grpc.StatusCode.FAILED_PRECONDITION),
+    (errors.NotOurs("x"), grpc.StatusCode.UNIMPLEMENTED),
     (errors.StateInUse("x"), grpc.StatusCode.FAILED_PRECONDITION),
     (errors.InvalidConfiguration("x"), grpc.StatusCode.FAILED_PRECONDITION),
     (errors.FusesnapError("x"), grpc.StatusCode.INTERNAL),
