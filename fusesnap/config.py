@@ -21,6 +21,7 @@ DEFAULT_SUBSTITUTER = "https://cache.nixos.org"
 DEFAULT_KEY = "cache.nixos.org-1:6NCHdD59X431o0gWypbMrAURkbJ16ZPMQFGspcDShjY="
 DEFAULT_ROOT = Path("/var/lib/fusesnap")
 SOCKET_NAME = "fusesnap.sock"
+DEFAULT_CONTAINERD = Path("/run/containerd/containerd.sock")
 
 
 class Fetch(BaseModel):
@@ -87,6 +88,9 @@ class Settings(BaseModel):
         True,
         description="keep a second worker loaded, which takes over at once when the first dies",
     )
+    containerd_address: Path = Field(
+        DEFAULT_CONTAINERD, description="containerd's own socket, for the diff service"
+    )
     fetch: Fetch = Field(default_factory=Fetch)
 
     @field_validator("substituters")
@@ -111,7 +115,7 @@ class Settings(BaseModel):
                 raise ValueError(str(error)) from error
         return keys
 
-    @field_validator("root", "address")
+    @field_validator("root", "address", "containerd_address")
     @classmethod
     def _absolute(cls, path: Path | None) -> Path | None:
         # A daemon's working directory is nobody's choice, and /proc/self/mountinfo has absolute paths.

@@ -26,7 +26,9 @@ from fusesnap.daemon.turn import wait_for_turn
 from fusesnap.daemon.waits import WorkersWaits, cancel, status
 from fusesnap.filesystem.views import Views
 from fusesnap.services.daemon_service import daemon_service
+from fusesnap.services.diff_service import Differ, diff_service
 from fusesnap.services.server import serve
+from fusesnap.snapshots.comparison import Comparer
 from fusesnap.snapshots.farms import Farms
 from fusesnap.snapshots.metastore import Metastore
 from fusesnap.snapshots.overlay import OverlayOptions
@@ -47,7 +49,7 @@ async def run(settings: Settings, ready: int) -> None:
                 "Status": partial(status, node, snapshotter, waits),
                 "Cancel": partial(cancel, node, snapshotter, waits),
             }
-            also = [daemon_service(calls)]
+            also = [daemon_service(calls), diff_service(build_differ(settings))]
             await nursery.start(partial(serve, snapshotter, settings.socket.absolute(), also=also))
             os.write(ready, b"ready\n")
             os.close(ready)
@@ -71,6 +73,13 @@ def build_snapshotter(node: Node, nursery: trio.Nursery, waits: WorkersWaits) ->
         clock=time.time,
         release_readers=waits.release_for_removal,
     )
+
+
+def build_differ(settings: Settings) -> Differ:
+    """The differ for the snapshots of a state directory."""
+    root = settings.root.resolve()
+    comparer = Comparer(root, Metastore(root / "snapshots.sqlite"))
+    return Differ(comparer, settings.containerd_address, time.time)
 
 
 def die_with_parent() -> None:

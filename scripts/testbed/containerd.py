@@ -49,8 +49,17 @@ UNPACK = """\
 [[plugins."io.containerd.transfer.v1.local".unpack_config]]
   platform = "linux"
   snapshotter = "{name}"
-  differ = "walking"
+  differ = "{differ}"
 """
+# The snapshotter's daemon compares, too. containerd asks differs in this order; 1.6 knows no proxies of this type.
+DIFF = """\
+[proxy_plugins.{name}]
+  type = "diff"
+  address = "{address}"
+[plugins."io.containerd.service.v1.diff-service"]
+  default = ["{name}", "walking"]
+"""
+DIFFER = "fusesnap-diff"
 # As Kubernetes' configuration has it, with everything below our own directory.
 CRI = """\
 [plugins."io.containerd.grpc.v1.cri".containerd]
@@ -340,6 +349,7 @@ def containerd(
     release: Release | None = None,
     remap_ids: bool = False,
     sandbox: str = "",
+    differ: str = "",
 ) -> Iterator[Containerd]:
     """Run a containerd of its own for the time of the context; containers left over are ended with it.
 
@@ -348,11 +358,13 @@ def containerd(
     another; without it, that is containerd's own ``overlayfs``. With ``cri`` it serves Kubernetes' calls too, and
     ``ctr`` works in their namespace. ``release`` is the host's own unless given. ``remap_ids``: the
     proxy snapshotter is said to map the ids of user namespaces. ``sandbox`` (from 2.0 on): the image that pods run on.
+    With ``differ``, ``fusesnap-diff`` is asked for diffs first, on the same socket, and ``differ`` is what the transfer
+    service unpacks with.
     """
     work.mkdir(parents=True, exist_ok=True)
     release = release or Release.of()
     (work / "containerd.toml").write_text(
-        _configuration(work, release, proxy, cri=cri, remap_ids=remap_ids)
+        _configuration(work, release, proxy, cri=cri, remap_ids=remap_ids, differ=differ)
         + (PODS.format(image=sandbox, work=work) if sandbox else "")
     )
     if sandbox:
@@ -382,7 +394,7 @@ def _running(work: Path, release: Release, log: Path) -> contextlib.AbstractCont
 
 
 def _configuration(
-    work: Path, release: Release, proxy: Path | None, *, cri: bool, remap_ids: bool
+    work: Path, release: Release, proxy: Path | None, *, cri: bool, remap_ids: bool, differ: str
 ) -> str:
     """What containerd.toml says. From 2.0 on it has version 3, in which CRI's plugins have other names."""
     newer = release.major >= 2
@@ -395,7 +407,9 @@ def _configuration(
     if proxy:
         text += PROXY.format(name=SNAPSHOTTER, address=proxy) + REMAP_IDS * remap_ids
         for name in (SNAPSHOTTER, "overlayfs"):
-            text += UNPACK.format(name=name)
+            text += UNPACK.format(name=name, differ=differ or "walking")
+        if differ:
+            text += DIFF.format(name=DIFFER, address=proxy)
     if cri:
         text += (CRI_OF_VERSION_3 if newer else CRI).format(name=SNAPSHOTTER, work=work)
     return text

@@ -134,10 +134,17 @@ def make_node(work: Path, image_registry: Registry, key: SigningKey) -> Iterator
             release: Release | None = None,
             remap_ids: bool = False,
             sandbox: str = "",
+            differ: str = "",
         ) -> Node:
+            if differ:
+                settings = work / "differ.toml"
+                settings.write_text(f'containerd-address = "{work}/c/containerd.sock"\n')
+                options = ["--config", str(settings), *options]
             daemon = stack.enter_context(
                 fusesnap_daemon(
-                    work / "s", source=Source(caches, keys or [key.public]), options=options
+                    work / "s",
+                    source=Source(caches, keys or [key.public]),
+                    options=options,
                 )
             )
             client = stack.enter_context(
@@ -148,6 +155,7 @@ def make_node(work: Path, image_registry: Registry, key: SigningKey) -> Iterator
                     release=release,
                     remap_ids=remap_ids,
                     sandbox=sandbox,
+                    differ=differ,
                 )
             )
             return Node(client, daemon, image_registry, work)
