@@ -13,6 +13,7 @@ import click
 
 from fusesnap.cli import options
 from fusesnap.config import DEFAULT_ROOT
+from fusesnap.daemon.containerd_block import VERSIONS, Snapshotter, block
 from fusesnap.daemon_lock import DaemonState, running_daemon
 from fusesnap.errors import DeadlineExceeded, FusesnapError, Unavailable, Unsupported
 
@@ -42,6 +43,14 @@ POLL_SECONDS = 0.05
     is_flag=True,
     help="Only check options and configuration, and print the supervisor's command as JSON.",
 )
+@click.option(
+    "--print-containerd-config",
+    "containerd_version",
+    type=click.Choice(VERSIONS),
+    metavar="VERSION",
+    help="Only print what containerd's configuration must say of us: 2 for containerd 1.6 and 1.7, "
+    "3 for 2.0 and later.",
+)
 @options.fetching
 @click.pass_context
 def daemon(
@@ -51,26 +60,22 @@ def daemon(
     address: Path | None,
     relay: str | None,
     check: bool,
+    containerd_version: str | None,
     substituters: tuple[str, ...],
     trusted_public_keys: tuple[str, ...],
     store_dir: str | None,
 ) -> None:
     """Serve containerd as a snapshotter, until SIGTERM.
 
-    Prints one line when it is ready. containerd finds it by this in /etc/containerd/config.toml:
-
-    \b
-      [proxy_plugins.fusesnap]
-        type = "snapshot"
-        address = "/var/lib/fusesnap/fusesnap.sock"
-
-    and uses it where an image is pulled and run with --snapshotter fusesnap.
+    Prints one line when it is ready. containerd finds it by what --print-containerd-config prints, put into
+    /etc/containerd/config.toml, and uses it where an image is pulled and run with --snapshotter fusesnap, and for
+    Kubernetes. `fusesnap doctor` says what of it is missing.
 
     SIGHUP, or `fusesnap daemon reload`, replaces the running daemon by what is installed and configured now.
     """
     if context.invoked_subcommand is not None:
         return
-    if os.geteuid() != 0:
+    if containerd_version is None and os.geteuid() != 0:
         raise Unsupported(
             "the daemon mounts overlays for containerd and must run as root; `fusesnap mount` need not"
         )
@@ -83,6 +88,9 @@ def daemon(
         trusted_public_keys=trusted_public_keys,
         store_dir=store_dir,
     )
+    if containerd_version is not None:
+        click.echo(block(containerd_version, Snapshotter(settings.socket, settings.root)), nl=False)
+        return
     given = settings.model_dump(mode="json", by_alias=True)
     given |= {"address": str(settings.socket), "readahead": settings.readahead_kib * 1024}
     # The supervisor is a process of its own kind, without what was imported to get here. -P: the working directory is
