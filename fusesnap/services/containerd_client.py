@@ -1,0 +1,72 @@
+"""What a running containerd says of itself: its version, and which plugins it has."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, TypeVar
+
+import grpc
+from google.protobuf.empty_pb2 import Empty
+
+from fusesnap.errors import Unavailable
+from fusesnap.services.api import (
+    introspection_pb2,
+    introspection_pb2_grpc,
+    version_pb2_grpc,
+)
+
+ANSWER_WITHIN: Final = 10.0  # seconds; containerd only looks into its memory
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Plugin:
+    """A plugin that containerd has loaded; ``error`` is why it cannot be used, empty if it can."""
+
+    type: str
+    id: str
+    exports: Mapping[str, str]
+    capabilities: tuple[str, ...]
+    error: str
+
+
+def ask_version(address: Path) -> str:
+    """The version of the containerd that serves ``address``. Raises ``Unavailable``."""
+    return _ask(
+        address,
+        lambda channel: (
+            version_pb2_grpc.VersionStub(channel).Version(Empty(), timeout=ANSWER_WITHIN).version
+        ),
+    )
+
+
+def ask_plugins(address: Path) -> tuple[Plugin, ...]:
+    """The plugins of the containerd that serves ``address``. Raises ``Unavailable``."""
+    question = introspection_pb2.PluginsRequest()
+    answer = _ask(
+        address,
+        lambda channel: introspection_pb2_grpc.IntrospectionStub(channel).Plugins(
+            question, timeout=ANSWER_WITHIN
+        ),
+    )
+    return tuple(
+        Plugin(
+            each.type,
+            each.id,
+            dict(each.exports),
+            tuple(each.capabilities),
+            each.init_err.message or "unknown reason" if each.HasField("init_err") else "",
+        )
+        for each in answer.plugins
+    )
+
+
+def _ask(address: Path, question: Callable[[grpc.Channel], T]) -> T:
+    with grpc.insecure_channel(f"unix:{address.absolute()}") as channel:
+        try:
+            return question(channel)
+        except grpc.RpcError as error:
+            raise Unavailable(f"{address}: {error.details()}") from error
