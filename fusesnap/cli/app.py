@@ -9,6 +9,7 @@ import click
 from fusesnap.cli.cancel import cancel
 from fusesnap.cli.completion import completion
 from fusesnap.cli.daemon import daemon
+from fusesnap.cli.doctor import doctor
 from fusesnap.cli.mount import mount
 from fusesnap.cli.prefetch import prefetch
 from fusesnap.cli.status import status
@@ -40,7 +41,7 @@ def cli() -> None:
     """
 
 
-for command in (daemon, mount, prefetch, status, cancel, completion):
+for command in (daemon, mount, prefetch, status, cancel, doctor, completion):
     cli.add_command(command)
 
 

@@ -18,7 +18,7 @@ from typing import Any, Final
 
 from fusesnap.errors import InvalidData
 from fusesnap.nix.cache_info import CacheInfo
-from fusesnap.nix.narinfo import NarInfo
+from fusesnap.nix.narinfo import NarInfo, parse_narinfo
 from fusesnap.nix.store_path import StoreDir, StorePath
 from fusesnap.substituter.answers import read_narinfo
 
@@ -125,6 +125,18 @@ class NarInfoCache:
             return CachedAnswer(read_narinfo(url, path, narinfo, store_dir))
         except InvalidData as error:  # of another name with the same hash, or damaged on disk
             _logger.info("%s: remembered narinfo is not used: %s", self._path, error)
+            return None
+
+    def newest_path(self, url: str, store_dir: StoreDir) -> StorePath | None:
+        """The path that the cache ``url`` was last known to have, if any."""
+        row = self._read_row(
+            "SELECT narinfo FROM narinfos WHERE url = ? AND narinfo IS NOT NULL"
+            " ORDER BY asked_at DESC LIMIT 1",
+            (url,),
+        )
+        try:
+            return None if row is None else parse_narinfo(row[0], store_dir).store_path
+        except InvalidData:  # of another store directory, or damaged on disk
             return None
 
     def remember(self, url: str, path: StorePath, info: NarInfo | None) -> None:

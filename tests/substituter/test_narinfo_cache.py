@@ -140,6 +140,21 @@ def test_newer_answer_replaces_the_older(open_cache: OpenCache) -> None:
     assert cache.answer(URL, SAMPLE.path, STORE) == CachedAnswer(SAMPLE.info)
 
 
+def test_the_path_that_a_cache_was_last_known_to_have(open_cache: OpenCache, clock: Clock) -> None:
+    cache = open_cache()
+    newest, lacking = sample("newest"), sample("lacking")
+    cache.remember(URL, SAMPLE.path, SAMPLE.info)
+    clock.now += 1
+    cache.remember(URL, newest.path, newest.info)
+    clock.now += 1
+    cache.remember(URL, lacking.path, None)
+    cache.remember("http://b", lacking.path, lacking.info)
+    cache.flush()
+    assert cache.newest_path(URL, STORE) == newest.path
+    assert cache.newest_path("http://c", STORE) is None
+    assert cache.newest_path(URL, StoreDir("/gnu/store")) is None
+
+
 def test_answer_for_the_same_hash_under_another_name_is_not_used(open_cache: OpenCache) -> None:
     cache = open_cache()
     cache.remember(URL, SAMPLE.path, SAMPLE.info)
