@@ -72,6 +72,7 @@ def build_snapshotter(node: Node, nursery: trio.Nursery, waits: WorkersWaits) ->
         recognise_by_content=node.settings.recognise_by_content,
         clock=time.time,
         release_readers=waits.release_for_removal,
+        nursery=nursery,
     )
 
 

@@ -119,10 +119,12 @@ class Directories:
         owned = {str(id_) for id_ in ids}
         aside = {}
         with storage("list", self._root):
-            for entry in sorted(self._root.iterdir()):
-                if entry.name.startswith(REMOVED):
+            # Names: there are thousands of snapshots, and all wait for this.
+            for name in sorted(set(os.listdir(self._root)) - owned):
+                entry = self._root / name
+                if name.startswith(REMOVED):
                     aside[entry] = entry
-                elif entry.name not in owned:
+                else:
                     aside[entry.rename(self._root / f"{REMOVED}{secrets.token_hex(8)}")] = entry
         return aside
 

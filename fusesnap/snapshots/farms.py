@@ -23,9 +23,10 @@ import hashlib
 import os
 import secrets
 import stat
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Final
 
@@ -58,7 +59,7 @@ class DirectoryMetadata:
     xattrs: tuple[tuple[str, bytes], ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Farm:
     """What is in a farm.
 
@@ -73,7 +74,7 @@ class Farm:
     files: tuple[str, ...] = ()
     content: Path | None = None
 
-    @property
+    @cached_property
     def key(self) -> str:
         """The farm's name: a digest of what is in it."""
         digest = hashlib.sha256()
@@ -119,20 +120,23 @@ class Farms:
         return key
 
     def set_aside_unused(
-        self, referenced: set[str], mounts: Sequence[OverlayMount]
+        self, referenced: set[str], mounts: Callable[[], Sequence[OverlayMount]]
     ) -> Iterator[Path]:
         """Rename every farm away that nothing refers to and no mount uses; yields what is to be removed.
 
-        Only right within a transaction that writes: a farm is referred to in the transaction that answers with it.
+        ``mounts`` says which there are; it is asked only where something may have to go. Only right within a
+        transaction that writes: a farm is referred to in the transaction that answers with it.
         """
         with storage("list", self._root):
             names = sorted(entry.name for entry in self._root.iterdir())
-        for name in names:
-            if name.startswith(NEW) or name in referenced:
-                continue
+        unreferenced = [
+            name for name in names if not name.startswith(NEW) and name not in referenced
+        ]
+        found = mounts() if unreferenced else ()
+        for name in unreferenced:
             if name.startswith(REMOVED):
                 yield self._root / name
-            elif not any(name in mount.options for mount in mounts):
+            elif not any(name in mount.options for mount in found):
                 aside = self._root / f"{REMOVED}{secrets.token_hex(8)}"
                 with storage("remove", self._root / name):
                     (self._root / name).rename(aside)

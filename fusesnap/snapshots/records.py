@@ -47,13 +47,18 @@ class Layer:
 
 @dataclass(frozen=True, slots=True)
 class Chain:
-    """The layers of a chain, topmost first, and the store paths that stand in it for the local store's.
+    """The layers of a chain, topmost first, and the store paths that stand in it for the local store's, sorted.
 
     Paths that a layer above their own replaces, whites out or adds to are not among them.
     """
 
     layers: tuple[Layer, ...]
     paths: Mapping[StorePath, PathKind]
+
+    @property
+    def id(self) -> int:
+        """The id of its topmost snapshot, which is never another's and has always the same chain; 0 if it is empty."""
+        return self.layers[0].id if self.layers else 0
 
 
 NO_CHAIN = Chain((), MappingProxyType({}))

@@ -24,6 +24,7 @@ from fusesnap.snapshots.answers import Answers
 from fusesnap.snapshots.completion import complete
 from fusesnap.snapshots.directories import Directories, remove_tree
 from fusesnap.snapshots.farms import STORE_NAME, Farms
+from fusesnap.snapshots.foresight import Foresight
 from fusesnap.snapshots.idmapped import Clones, IdmappedMounts
 from fusesnap.snapshots.interface import (
     CommittedStore,
@@ -71,11 +72,13 @@ class Snapshotter(Snapshots):
         recognise_by_content: bool,
         clock: Callable[[], float],
         release_readers: Callable[[str], Awaitable[None]] | None = None,
+        nursery: trio.Nursery | None = None,
     ) -> None:
         """Take the collaborators; ``clock`` gives seconds since the epoch.
 
-        ``release_readers`` is given the upper directory of a snapshot that is to be removed, to end what its processes
-        wait for. It must not take long, and must not raise.
+        ``release_readers`` is given the upper directory of a snapshot that is to be removed and that ``lazy`` may have
+        served, to end what its processes wait for. It must not take long, and must not raise. In ``nursery``, if there
+        is one, an image's farms are built as soon as it is unpacked.
 
         ``lazy`` serves what is missing; without it everything is realised before a mount is answered. Raises
         ``InvalidConfiguration`` where ``root`` cannot be named in mount options.
@@ -90,8 +93,10 @@ class Snapshotter(Snapshots):
         self._directories = Directories(root / "snapshots")
         self._idmapped = IdmappedMounts(root)
         self._nix = NixLayers(store, paths, store_dir, by_content=recognise_by_content)
-        views = Views(store, paths, self._nix, lazy, store_dir)
+        views = Views(store, paths, self._nix, farms, lazy, store_dir, clock)
         self._answers = Answers(self._directories, farms, store, views, self._idmapped, options)
+        self._foresight = Foresight(metastore, views, farms, self._answers.image_layers)
+        self._nursery = nursery
 
     async def recover(self) -> None:
         """Look at what an earlier life has left. To be called once, before any other call but :meth:`remove_leftovers`.
@@ -236,13 +241,22 @@ class Snapshotter(Snapshots):
         except StorageFailure:
             await trio.to_thread.run_sync(self._check_there, active)
             raise
+        if facts.paths and self._nursery is not None:
+            self._nursery.start_soon(self._foresight.build, name)
 
     async def remove(self, key: str) -> None:
         """See :class:`Snapshots`."""
-        if self._release_readers is not None:
-            snapshot = await trio.to_thread.run_sync(self._read, key)
-            if snapshot.info.kind is Kind.ACTIVE:
-                await self._release_readers(str(self._directories.fs(snapshot.id)))
+
+        def served() -> Path | None:
+            with self._metastore.reading() as transaction:
+                snapshot = transaction.snapshot(key)
+                answered = transaction.generations(snapshot.id)
+            lazy = snapshot.info.kind is Kind.ACTIVE and not all(each.complete for each in answered)
+            return self._directories.fs(snapshot.id) if lazy else None
+
+        upper = await trio.to_thread.run_sync(served)
+        if upper is not None and self._release_readers is not None:
+            await self._release_readers(str(upper))
 
         def remove() -> None:
             with self._metastore.writing() as transaction:
@@ -367,10 +381,12 @@ class Snapshotter(Snapshots):
 
     def _standing(self, snapshot: Snapshot, answered: list[Generation]) -> Generation | None:
         """The generation to answer with again: what is mounted, or what cannot get better."""
-        mounted = self._mounted(snapshot, answered)
-        if mounted is not None:
-            return mounted
         newest = answered[-1] if answered else None
+        if len(answered) != 1 or newest is None or not newest.complete:
+            # Only now is it worth looking through all mounts of the node.
+            mounted = self._mounted(snapshot, answered)
+            if mounted is not None:
+                return mounted
         if newest is not None and newest.complete and self._farms.are_there(newest.farms):
             return newest
         return None
@@ -445,7 +461,7 @@ class Snapshotter(Snapshots):
         """Remove what no snapshot owns; says what it was. What cannot be removed is left for the next time."""
         with self._metastore.writing() as transaction:
             rubbish = self._directories.set_orphans_aside(transaction.ids())
-            farms = self._farms.set_aside_unused(transaction.farms(), overlay_mounts())
+            farms = self._farms.set_aside_unused(transaction.farms(), overlay_mounts)
             rubbish.update((farm, farm) for farm in farms)
             for id_ in self._idmapped.ids() - transaction.ids():
                 self._idmapped.remove(id_)

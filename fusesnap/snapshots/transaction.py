@@ -115,6 +115,11 @@ class Transaction:
         layers = tuple(Layer(id_, id_ in completed) for id_ in ids)
         return Chain(layers, _merge(ids, listed, overridden))
 
+    def child(self, id_: int) -> str | None:
+        """The key or name of a snapshot that has snapshot ``id_`` as its parent."""
+        row = self._run("SELECT key FROM snapshots WHERE parent = ? LIMIT 1", id_).fetchone()
+        return None if row is None else str(row[0])
+
     def generations(self, id_: int) -> list[Generation]:
         """What mounts of snapshot ``id_`` were answered with, oldest first."""
         rows = self._run(
@@ -194,7 +199,10 @@ class Transaction:
             usage.inodes,
             id_,
         )
-        self._run("DELETE FROM generations WHERE snapshot = ?", id_)
+        self._forget_generations(id_)
+        # With a layer above it, it is no image, or not the newest: its view need not stand ready.
+        if parent_id is not None:
+            self._forget_generations(parent_id)
         self._connection.executemany(
             "INSERT INTO nix_paths (snapshot, base_name, kind) VALUES (?, ?, ?)",
             [(id_, path.base_name, kind.value) for path, kind in nix.paths.items()],
@@ -235,10 +243,9 @@ class Transaction:
     def remove(self, key: str) -> int:
         """Remove the row of that key or name; returns its id. See ``Snapshots.remove``."""
         found = self.snapshot(key)
-        child = self._run("SELECT key FROM snapshots WHERE parent = ? LIMIT 1", found.id).fetchone()
-        if child is not None:
+        if (child := self.child(found.id)) is not None:
             raise FailedPrecondition(
-                f"cannot remove snapshot {key!r}: it is the parent of {child[0]!r}"
+                f"cannot remove snapshot {key!r}: it is the parent of {child!r}"
             )
         self._run("DELETE FROM snapshots WHERE id = ?", found.id)
         return found.id
@@ -265,8 +272,13 @@ class Transaction:
 
     def set_generation(self, id_: int, generation: Generation) -> None:
         """As :meth:`add_generation`, and forget all others of that snapshot."""
-        self._run("DELETE FROM generations WHERE snapshot = ?", id_)
+        if self.generations(id_) == [generation]:
+            return
+        self._forget_generations(id_)
         self.add_generation(id_, generation)
+
+    def _forget_generations(self, id_: int) -> None:
+        self._run("DELETE FROM generations WHERE snapshot = ?", id_)
 
     def _check_rebase(self, key: str, parent: str) -> None:
         found = self._find(parent)
@@ -314,5 +326,5 @@ def _merge(
             if kind != PathKind.UNKNOWN.value or base_name not in state:
                 state[base_name] = _KINDS[kind]
     return MappingProxyType(
-        {StorePath.parse_base_name(base_name): kind for base_name, kind in state.items()}
+        {StorePath.parse_base_name(base_name): kind for base_name, kind in sorted(state.items())}
     )

@@ -1,109 +1,200 @@
-"""Decides which layers of ours a mount gets, from what is committed now."""
+"""Decides which layers of ours a mount gets, from what is committed now, and has them built.
+
+A container waits for this, so what was found out is kept: as long as nothing has come into the store directory or gone
+from it, the view of a chain is what it was, and one look at that directory says so, however many paths the chain has.
+"""
 
 from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
+from weakref import WeakValueDictionary
 
 import trio
 
 from fusesnap.nix.store_path import StoreDir, StorePath
-from fusesnap.snapshots.farms import LAZY_NAME, STORE_NAME, Farm, read_metadata
+from fusesnap.snapshots.farms import LAZY_NAME, STORE_NAME, Farm, Farms, read_metadata
 from fusesnap.snapshots.interface import CommittedStore, LazyLayer, PathSource
 from fusesnap.snapshots.nix_layer import NixLayers
 from fusesnap.snapshots.records import Chain, Generation, PathKind
 from fusesnap.store.storage_errors import storage
 
+# Seconds within which a file system may give two changes of a directory the same time. ext4 with inodes of 128 bytes
+# keeps whole seconds; others tick 100 to 1,000 times in one, and only from Linux 6.13 on does a look end a tick.
+TICK: Final = 2.0
+# The names of a large closure take some 500 KiB; few images are started at the same time.
+MAX_REMEMBERED: Final = 32
+
+
+@dataclass(frozen=True, slots=True)
+class StoreState:
+    """The store directory's identity and when it last changed: the same as long as its entries are."""
+
+    device: int
+    inode: int
+    changed: int  # ns since the epoch
+
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """A generation, and the farms that must be built before it is answered with."""
+    """A generation, and the farms that must be there before it is answered with.
+
+    ``wanted``: missing single files, of which nothing can be said before they are there.
+    """
 
     generation: Generation
     farms: tuple[Farm, ...]
+    wanted: tuple[StorePath, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Remembered:
+    """A plan, and the state of the store directory that it was made from, if that could be told from the next."""
+
+    plan: Plan
+    seen: StoreState | None
 
 
 @dataclass(frozen=True, slots=True)
 class _Sorted:
-    """The paths of a chain by how they are shown, each sorted."""
+    """The base names and paths of a chain by how they are shown, in the chain's order."""
 
-    directories: tuple[StorePath, ...]
-    files: tuple[StorePath, ...]
-    missing_directories: tuple[StorePath, ...]
-    missing_others: tuple[StorePath, ...]
-    doubtful: tuple[StorePath, ...]  # missing, and perhaps no directories
+    directories: tuple[str, ...]
+    files: tuple[str, ...]
+    missing_directories: tuple[str, ...]
+    in_view: tuple[StorePath, ...]
+    wanted: tuple[StorePath, ...]
 
 
 class Views:
-    """Plans the views of chains. Without ``lazy`` everything is realised before a mount is answered."""
+    """The views of chains. Without ``lazy`` everything is realised before a view is answered with.
+
+    ``clock`` gives seconds since the epoch.
+    """
 
     def __init__(
         self,
         store: CommittedStore,
         paths: PathSource,
         nix: NixLayers,
+        farms: Farms,
         lazy: LazyLayer | None,
         store_dir: StoreDir,
+        clock: Callable[[], float],
     ) -> None:
+        self._content = str(store.layer / STORE_NAME)
         self._store = store
         self._source = paths
         self._nix = nix
+        self._farms = farms
         self._lazy = lazy
         self._store_dir = store_dir
+        self._clock = clock
+        self._remembered: dict[int, _Remembered] = {}
+        self._turns: WeakValueDictionary[int, trio.Lock] = WeakValueDictionary()
 
     async def plan(
-        self, chain: Chain, image_layers: Sequence[Path], *, complete: bool = False
+        self,
+        chain: Chain,
+        image_layers: Sequence[Path],
+        *,
+        complete: bool = False,
+        fetch_ahead: bool = True,
     ) -> Plan:
         """The view of a chain that has store paths, as it is best now; ``complete``: when nothing is missing.
 
-        Missing single files, and paths that may be some, are fetched in the background from here on. Raises
-        ``StorageFailure``, and what ``PathSource.realise`` raises where nothing may be missing.
+        Its farms are built. Unless ``fetch_ahead`` is false, missing single files are fetched in the background from
+        here on. Raises ``StorageFailure``, and what ``PathSource.realise`` raises where nothing may be missing.
         """
-        missing = set(await self._nix.missing(chain.paths))
-        if complete or self._lazy is None:
-            await self._nix.realise_all(missing)
-            missing = set()
-        paths = await trio.to_thread.run_sync(self._sort, chain, missing)
-        files_view = None
-        if paths.missing_others or paths.doubtful:
-            # Directories are fetched when somebody opens them, and nearly all that is doubtful is one.
-            if paths.missing_others:
-                self._source.prefetch(paths.missing_others)
-            if self._lazy is not None:
-                files_view = await self._lazy.view(frozenset(paths.missing_others + paths.doubtful))
-        return await trio.to_thread.run_sync(self._compose, paths, files_view, image_layers)
+        # Whoever asks meanwhile waits, and then finds what the first has made.
+        async with self._turns.setdefault(chain.id, trio.Lock()):
+            plan = await self._plan(chain, image_layers, complete=complete or self._lazy is None)
+        if fetch_ahead and plan.wanted:
+            self._source.prefetch(plan.wanted)
+        return plan
 
-    def _sort(self, chain: Chain, missing: set[StorePath]) -> _Sorted:
-        """A committed path is what it is on disk; of a missing one there is the image's word."""
-        directories: list[StorePath] = []
-        files: list[StorePath] = []
-        missing_directories: list[StorePath] = []
-        missing_others: list[StorePath] = []
-        doubtful: list[StorePath] = []
-        content = str(self._store.layer / STORE_NAME)
-        with storage("look at", content):
-            for path in sorted(chain.paths):
-                if path not in missing:
-                    # Strings: a closure has thousands of paths, and a container waits for this.
-                    mode = os.lstat(f"{content}/{path.base_name}").st_mode
-                    (directories if stat.S_ISDIR(mode) else files).append(path)
-                elif chain.paths[path] is PathKind.DIRECTORY:
+    async def _plan(self, chain: Chain, image_layers: Sequence[Path], *, complete: bool) -> Plan:
+        plan, seen, missing = await trio.to_thread.run_sync(self._compare, chain)
+        if plan is not None and (plan.generation.complete or not complete):
+            return plan
+        if complete:
+            await self._nix.realise_all(chain.paths)
+            missing = set()
+        paths = await trio.to_thread.run_sync(self._sort, chain.paths, missing)
+        files_view = None
+        if paths.in_view and self._lazy is not None:
+            files_view = await self._lazy.view(frozenset(paths.in_view))
+        plan = await trio.to_thread.run_sync(self._compose, paths, files_view, image_layers)
+        self._remember(chain, plan, seen)
+        return plan
+
+    def _compare(self, chain: Chain) -> tuple[Plan | None, StoreState | None, set[StorePath]]:
+        """The last plan, if it would be the same now; else the state of the store directory, and what is missing."""
+        known = self._remembered.get(chain.id)
+        if known is not None and not self._farms.are_there(known.plan.generation.farms):
+            known = None
+        if known is not None and known.seen is not None and known.seen == self._look():
+            return known.plan, known.seen, set()
+        seen = self._settled()
+        missing = chain.paths.keys() - self._store.committed_among(list(chain.paths))
+        if known is None or missing or not known.plan.generation.complete:
+            return None, seen, missing
+        self._remember(chain, known.plan, seen)
+        return known.plan, seen, missing
+
+    def _look(self) -> StoreState:
+        with storage("look at", self._content):
+            status = os.stat(self._content)  # noqa: PTH116  # a container waits for this
+        return StoreState(status.st_dev, status.st_ino, status.st_ctime_ns)
+
+    def _settled(self) -> StoreState | None:
+        """The state of the store directory; ``None`` where a change that comes now might not show in it."""
+        now = self._clock()
+        state = self._look()
+        return state if state.changed / 1e9 < now - TICK else None
+
+    def _remember(self, chain: Chain, plan: Plan, seen: StoreState | None) -> None:
+        self._remembered.pop(chain.id, None)
+        self._remembered[chain.id] = _Remembered(plan, seen)
+        for oldest in list(self._remembered)[:-MAX_REMEMBERED]:
+            self._remembered.pop(oldest, None)
+
+    def _sort(self, paths: Mapping[StorePath, PathKind], missing: set[StorePath]) -> _Sorted:
+        """A committed path is what it is on disk; of a missing one there is the image's word.
+
+        Paths that are no directories, or may be none, are shown by FUSE until the last of their sort is there. Then all
+        go to the closure farm: it has an entry for each directory, and would be built anew for every file that comes.
+        """
+        directories: list[str] = []
+        files: list[str] = []
+        missing_directories: list[str] = []
+        in_view: list[StorePath] = []
+        incomplete = {_sort_of(paths[path]) for path in missing}
+        with storage("look at", self._content):
+            for path, kind in paths.items():
+                name, sort = path.base_name, _sort_of(kind)
+                if sort is PathKind.DIRECTORY and path in missing:
                     # It is in the closure farm too: the farm stays the same when the path arrives.
-                    directories.append(path)
-                    missing_directories.append(path)
-                elif chain.paths[path] is PathKind.DIRECTORY_OR_LINK:
-                    doubtful.append(path)
+                    directories.append(name)
+                    missing_directories.append(name)
+                elif sort is not PathKind.DIRECTORY and sort in incomplete:
+                    in_view.append(path)
                 else:
-                    missing_others.append(path)
+                    # Strings: a closure has thousands of paths, and a container waits for this.
+                    mode = os.lstat(f"{self._content}/{name}").st_mode
+                    (directories if stat.S_ISDIR(mode) else files).append(name)
+        # Directories are fetched when somebody opens them, and nearly all that is doubtful is one.
+        wanted = [path for path in in_view if _sort_of(paths[path]) is PathKind.FILE]
         return _Sorted(
             tuple(directories),
             tuple(files),
             tuple(missing_directories),
-            tuple(missing_others),
-            tuple(doubtful),
+            tuple(in_view),
+            tuple(path for path in wanted if path in missing),
         )
 
     def _compose(
@@ -111,27 +202,27 @@ class Views:
     ) -> Plan:
         names = ["", *_prefixes(self._store_dir)]
         parents = tuple((name, read_metadata(image_layers, name)) for name in names)
-        closure = Farm(
-            parents,
-            STORE_NAME,
-            _base_names(paths.directories),
-            _base_names(paths.files),
-            self._store.layer / STORE_NAME,
-        )
+        content = Path(self._content)
+        closure = Farm(parents, STORE_NAME, paths.directories, paths.files, content)
+        self._farms.ensure(closure)
         if not paths.missing_directories and files_view is None:
-            return Plan(Generation(closure.key, None, None, None), (closure,))
-        lazy = Farm(parents, LAZY_NAME, _base_names(paths.missing_directories))
+            generation = Generation(closure.key, None, None, None)
+            return Plan(generation, (closure,), paths.wanted)
+        lazy = Farm(parents, LAZY_NAME, paths.missing_directories)
+        self._farms.ensure(lazy)
         lazy_layer = None
         if paths.missing_directories and self._lazy is not None:
             lazy_layer = self._lazy.layer
-        return Plan(Generation(closure.key, lazy.key, files_view, lazy_layer), (closure, lazy))
+        generation = Generation(closure.key, lazy.key, files_view, lazy_layer)
+        return Plan(generation, (closure, lazy), paths.wanted)
+
+
+def _sort_of(kind: PathKind) -> PathKind:
+    """Of what is no directory for sure, whether it is fetched ahead (``FILE``) or not (``DIRECTORY_OR_LINK``)."""
+    return PathKind.FILE if kind is PathKind.UNKNOWN else kind
 
 
 def _prefixes(store_dir: StoreDir) -> list[str]:
     """The store directory and those above it but the root, outermost first: ``nix``, ``nix/store``."""
     parts = store_dir.path.strip("/").split("/")
     return ["/".join(parts[: count + 1]) for count in range(len(parts))]
-
-
-def _base_names(paths: Sequence[StorePath]) -> tuple[str, ...]:
-    return tuple(path.base_name for path in paths)

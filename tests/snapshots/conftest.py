@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import trio
 from hypothesis import settings
 
 from fusesnap.errors import ClosureUnavailable, FusesnapError, PathNotFound
@@ -208,7 +209,9 @@ class Bench:
         self.released: list[str] = []
         self.snapshotter = self.open()
 
-    def open(self, *, lazy: bool = True, by_content: bool = True) -> Snapshotter:
+    def open(
+        self, *, lazy: bool = True, by_content: bool = True, nursery: trio.Nursery | None = None
+    ) -> Snapshotter:
         """A snapshotter on this state, as after a restart."""
         self.metastore = Metastore(self.state / "snapshots.sqlite")
         self.snapshotter = Snapshotter(
@@ -223,6 +226,7 @@ class Bench:
             recognise_by_content=by_content,
             clock=lambda: self.now,
             release_readers=self.release,
+            nursery=nursery,
         )
         return self.snapshotter
 

@@ -438,7 +438,8 @@ async def test_the_kernels_own_mountinfo(bench: Bench) -> None:
 async def test_removal_does_not_fail_for_what_it_leaves(
     bench: Bench, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    await bench.snapshotter.prepare("key", "", {})
+    await bench.nix_layer("image", "", bench.path("tool", TREE, committed=True))
+    await bench.snapshotter.prepare("key", "image", {})
 
     def fail() -> None:
         raise StorageFailure("cannot read mountinfo", errno.EIO)
@@ -446,6 +447,7 @@ async def test_removal_does_not_fail_for_what_it_leaves(
     with monkeypatch.context() as patch:
         patch.setattr("fusesnap.snapshots.snapshotter.overlay_mounts", fail)
         await bench.snapshotter.remove("key")
+        await bench.snapshotter.remove("image")  # the last that refers to the farm
     assert "cannot read mountinfo" in caplog.text
     assert not await bench.snapshotter.walk()
     await bench.snapshotter.cleanup()

@@ -65,14 +65,18 @@ async def test_active_snapshots_are_known_by_their_upper_directories(bench: Benc
 
 
 async def test_remove_ends_the_readers_of_an_active_snapshot_first(bench: Bench) -> None:
-    await bench.layer("image", "", {"file": b"x"})
+    tool = bench.path("tool", {"bin": {"tool": b"tool"}})
+    await bench.nix_layer("image", "", tool)
     await bench.snapshotter.prepare("one", "image", {})
     await bench.snapshotter.view("view", "image", {})
     (upper,) = await bench.snapshotter.uppers()
     await bench.snapshotter.remove("one")
     assert bench.released == [upper]
     assert await bench.snapshotter.uppers() == {}
-    for key in ("view", "image"):  # they have no processes of their own
+    bench.store.commit(tool, {"bin": {"tool": b"tool"}})
+    await bench.snapshotter.prepare("complete", "image", {})
+    # The first two have no processes of their own, and the last has no layer that somebody could wait for.
+    for key in ("view", "complete", "image"):
         await bench.snapshotter.remove(key)
     assert bench.released == [upper]
     with pytest.raises(NotFound):

@@ -34,7 +34,7 @@ from fusesnap.nix.store_path import StoreDir, StorePath
 from fusesnap.nix.trust import check_trust
 from fusesnap.substituter.answers import MISSING_CACHE_INFO
 from fusesnap.substituter.base import Substituter
-from fusesnap.substituter.client import open_substituter
+from fusesnap.substituter.client import open_substituter, tls_context
 from fusesnap.substituter.narinfo_cache import NarInfoCache
 
 # Seconds by which our clock may differ from a cache's; certificates that are fresh fail beyond the second.
@@ -84,7 +84,8 @@ async def _examine(
     settings: Settings, store_dir: StoreDir, sample: StorePath | None
 ) -> list[Finding]:
     clock = Clock()
-    async with open_client(settings, http2=True, connections=LOOKUP_CONNECTIONS) as client:
+    tls = tls_context(trust_env=True)
+    async with open_client(settings, tls, http2=True, connections=LOOKUP_CONNECTIONS) as client:
         client.event_hooks = {"response": [clock.look]}
         substituters = [
             open_substituter(url, client, store_dir=store_dir, timeouts=timeouts(settings))
