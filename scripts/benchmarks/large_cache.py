@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import lzma
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -49,6 +49,17 @@ class Compressor(Protocol):
 
     def flush(self) -> bytes:
         """Its end."""
+
+
+class CachedPath(Protocol):
+    """A store path whose NAR can be written."""
+
+    @property
+    def store_path(self) -> StorePath:
+        """Its name."""
+
+    def events(self) -> Iterator[NarEvent]:
+        """Its NAR."""
 
 
 COMPRESSORS: dict[str, Callable[[], Compressor]] = {
@@ -105,14 +116,14 @@ def large_paths(size: int, count: int, files: int) -> list[LargePath]:
 
 
 def write_large_cache(
-    paths: list[LargePath],
+    paths: Sequence[CachedPath],
     directory: Path,
     key: SigningKey,
     store_dir: StoreDir,
     *,
     compression: str,
 ) -> CacheFiles:
-    """Write the binary cache with ``paths``; no path refers to another. ``compression`` is one of COMPRESSORS."""
+    """Write the binary cache with ``paths``, none of which refers to another. ``compression`` is one of COMPRESSORS."""
     secret = SecretKey.parse(key.secret_file.read_text().strip())
     (directory / "nar").mkdir(parents=True)
     (directory / "nix-cache-info").write_text(f"StoreDir: {store_dir.path}\n")
@@ -124,7 +135,7 @@ def write_large_cache(
     return CacheFiles(directory)
 
 
-def _write_nar(path: LargePath, directory: Path, store_dir: StoreDir, compression: str) -> NarInfo:
+def _write_nar(path: CachedPath, directory: Path, store_dir: StoreDir, compression: str) -> NarInfo:
     url = f"nar/{path.store_path.hash_part}.nar.{compression}"
     nar_hash, nar_size = hashlib.sha256(), 0
     file_hash, file_size = hashlib.sha256(), 0

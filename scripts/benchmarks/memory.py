@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import ctypes
 import json
 import os
 import shutil
@@ -35,11 +34,11 @@ from benchmarks.large_cache import (
     large_paths,
     write_large_cache,
 )
+from benchmarks.mounting import Mounter
 from benchmarks.resident import MIB, Peaks, Resident, measure, watched
 from fusesnap.nix.closure_labels import LAYER_LABEL, STORE_PATH_LABEL_PREFIX
 from fusesnap.nix.store_path import StoreDir
 from fusesnap.services.api import snapshots_pb2 as pb
-from fusesnap.services.api.mount_pb2 import Mount
 from fusesnap.services.api.snapshots_pb2_grpc import SnapshotsStub
 
 DESCRIPTION = """\
@@ -49,8 +48,6 @@ through those mounts, checked, by several readers at once; unmounts and removes 
 processes hold resident at each step. Exit status 1 if the worker or the supervisor ever held more than its limit.
 """
 LIMITS = {"worker": 120 * MIB, "supervisor": 20 * MIB}
-# From <linux/mount.h>.
-MS_RDONLY, MNT_DETACH = 1, 2
 CALL_SECONDS = 120
 STEP_SECONDS = 1800  # for what a minute or two should do: a daemon that hangs must not hang us
 ROOM = 512 * MIB  # what databases, small files and others may need besides
@@ -164,8 +161,12 @@ class Client:
     def __init__(self, channel: grpc.Channel, directory: Path) -> None:
         self._stub = SnapshotsStub(channel)
         self._directory = directory
-        self._libc = ctypes.CDLL(None, use_errno=True)
-        self.mounted: list[Path] = []
+        self._mounter = Mounter()
+
+    @property
+    def mounted(self) -> list[Path]:
+        """Where snapshots are mounted."""
+        return self._mounter.mounted
 
     def commit_image(self, paths: Sequence[LargePath], store_dir: StoreDir) -> None:
         """The image's one layer: a placeholder for each path, and labels that name them."""
@@ -186,39 +187,16 @@ class Client:
         """Prepare a container's snapshot, and mount it."""
         request = pb.PrepareSnapshotRequest(key=key, parent=IMAGE)
         (mount,) = self._stub.Prepare(request, timeout=CALL_SECONDS).mounts
-        target = self._directory / key
-        target.mkdir(parents=True)
-        self._mount(mount, target)
-        self.mounted.append(target)
+        self._mounter.mount(mount, self._directory / key)
 
     def end(self, target: Path) -> None:
         """Unmount a container's snapshot, and remove it."""
-        self._call("umount2", os.fsencode(target), 0)
-        self.mounted.remove(target)
-        target.rmdir()
+        self._mounter.unmount(target)
         self._stub.Remove(pb.RemoveSnapshotRequest(key=target.name), timeout=CALL_SECONDS)
 
     def close(self) -> None:
         """Unmount what is left, whoever uses it."""
-        for target in self.mounted:
-            self._call("umount2", os.fsencode(target), MNT_DETACH)
-
-    def _mount(self, mount: Mount, target: Path) -> None:
-        options = [option for option in mount.options if option not in {"ro", "rw"}]
-        flags = MS_RDONLY if "ro" in mount.options else 0
-        self._call(
-            "mount",
-            os.fsencode(mount.source),
-            os.fsencode(target),
-            mount.type.encode(),
-            ctypes.c_ulong(flags),
-            ",".join(options).encode(),
-        )
-
-    def _call(self, name: str, *arguments: Any) -> None:
-        if self._libc[name](*arguments) != 0:
-            number = ctypes.get_errno()
-            raise OSError(number, f"{name}: {os.strerror(number)}", os.fsdecode(arguments[0]))
+        self._mounter.close()
 
 
 def check_path(path: LargePath, root: bytes) -> None:
