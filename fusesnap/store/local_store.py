@@ -2,29 +2,49 @@
 
 from __future__ import annotations
 
+import errno
 import logging
+import os
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Final, Self
 
+from fusesnap.errors import StorageFailure
 from fusesnap.nix.narinfo import NarInfo
 from fusesnap.nix.store_path import StoreDir, StorePath
+from fusesnap.nix.tree import Tree
+from fusesnap.store.collection import Collected, Collection, Survey
+from fusesnap.store.collector_lock import CollectorLock
 from fusesnap.store.layout import StateLayout
 from fusesnap.store.locks import directory_lock
 from fusesnap.store.nix_database import NixDatabase, ValidPathInfo
 from fusesnap.store.recovery import RecoveryReport, recover
 from fusesnap.store.registration import Registration
+from fusesnap.store.roots import Roots
 from fusesnap.store.staging import CommitTarget, StagedPath
 from fusesnap.store.state_database import PathState, Pin, StateDatabase
 from fusesnap.store.storage_errors import storage
-from fusesnap.store.store_entry import is_there
+from fusesnap.store.temporary_roots import TemporaryRoots
+from fusesnap.store.tree_reader import measured_tree
 
-__all__ = ["LocalStore", "Pin", "StagedPath", "StoreCounts", "ValidPathInfo"]
+__all__ = [
+    "Collected",
+    "LocalStore",
+    "Pin",
+    "StagedPath",
+    "StoreCounts",
+    "Survey",
+    "ValidPathInfo",
+]
 
 logger = logging.getLogger(__name__)
+
+_ATTEMPTS: Final = (
+    8  # each one fails only where a path is collected or changed while it is looked at
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,13 +68,18 @@ class LocalStore:
         self, target: CommitTarget, store_dir: StoreDir, report: RecoveryReport, *, ready: bool
     ) -> None:
         """Made by :meth:`open`."""
+        lock = CollectorLock(target.layout.nix)
+        temporary = TemporaryRoots(target.layout.nix, store_dir, lock)
         self._target = target
         self.store_dir = store_dir
         self.layer = target.layout.layer
         self.real = target.layout.real
         self.recovered = report
         self.overlay_ready = ready
-        self._known: set[StorePath] = set()  # recorded or valid, seen once
+        self._known: dict[StorePath, int] = {}  # recorded or valid, seen once as this inode
+        self._temporary = temporary
+        self.roots = Roots(target.layout.nix, temporary, self._let_go)
+        self._collection = Collection(target, store_dir, lock)
 
     @classmethod
     def open(cls, state: Path, store_dir: StoreDir, *, clock: Callable[[], float]) -> Self:
@@ -75,13 +100,14 @@ class LocalStore:
             nix = NixDatabase(layout.nix, store_dir)
             opened.callback(nix.close)
             registration = Registration(layout.real, database, nix, clock)
-            target = CommitTarget(layout, database, nix, registration)
+            target = CommitTarget(layout, database, nix, registration, clock)
             report = recover(target)
             opened.pop_all()
         return cls(target, store_dir, report, ready=ready)
 
     def close(self) -> None:
-        """Close the databases."""
+        """Let go of what this process alone keeps, and close the databases."""
+        self._temporary.close()
         self._target.state.close()
         self._target.nix.close()
 
@@ -113,15 +139,51 @@ class LocalStore:
         """Return those of ``paths`` whose verified files are in the store."""
         with storage("look for paths in", self.real):
             real = str(self.real)  # thousands of Path objects would take longer than the disk
-            there = {path for path in paths if is_there(f"{real}/{path.base_name}")}
+            there = {path: _inode(f"{real}/{path.base_name}") for path in paths}
         # A name in the directory is not enough: real Nix writes a path under its final name.
-        unsure = {path.base_name: path for path in there - self._known}
+        unsure = {
+            path.base_name: path
+            for path, inode in there.items()
+            if inode is not None and self._known.get(path) != inode
+        }
         if unsure:
             known = self._target.state.recorded_among(unsure)
             known |= self._target.nix.valid_among(unsure.keys() - known)
-            self._known |= {unsure[name] for name in known}
-            there -= {path for name, path in unsure.items() if name not in known}
-        return there
+            self._known |= {unsure[name]: there[unsure[name]] or 0 for name in known}
+            for name in unsure.keys() - known:
+                there[unsure[name]] = None
+        return {path for path, inode in there.items() if inode is not None}
+
+    def tree(self, path: StorePath) -> Tree | None:
+        """Return the tree of ``path``, without reading contents, if it is committed.
+
+        A path may be collected meanwhile, and people and other programs may take something out of one; so it counts
+        only if it was there all the time, and has the size of its NAR. Where it has not, it is removed, as if it had
+        not been there: whoever needs it has it fetched again.
+        """
+        for _ in range(_ATTEMPTS):
+            before = self._identity(path)
+            if before is None or not self.is_committed(path):
+                return None
+            try:
+                tree, size = measured_tree(self.location(path))
+            except StorageFailure as error:
+                if error.errno not in (errno.ENOENT, errno.ENOTDIR):
+                    raise
+                size = -1
+            expected = self._nar_size(path)
+            if before != self._identity(path) or expected is None:
+                continue  # collected, and perhaps committed again
+            if size == expected:
+                return tree
+            logger.error(
+                "removing %s, which somebody has changed: its NAR would have %d bytes, expected %d",
+                self.location(path),
+                size,
+                expected,
+            )
+            self._collection.discard(path)
+        raise StorageFailure(f"{self.location(path)}: somebody keeps changing it", errno.EAGAIN)
 
     def pin(self, info: NarInfo) -> Pin:
         """Return the pin of the path and NAR hash of ``info``, a narinfo that is trusted."""
@@ -142,7 +204,7 @@ class LocalStore:
         """
         pin = self._target.state.pinned(path)
         if pin is None and (valid := self._target.nix.valid_path_info(path)) is not None:
-            pin = self.pin(_as_narinfo(valid, self.store_dir))
+            pin = self.pin(valid.as_narinfo(self.store_dir))
         return pin
 
     def pin_of(self, ordinal: int) -> Pin | None:
@@ -170,22 +232,46 @@ class LocalStore:
         """Return where to put the events of the NAR of ``pin``; leave it to throw them away."""
         return StagedPath(pin, self._target)
 
+    def survey(self) -> Survey:
+        """Measure what is committed, and say what of it no root reaches."""
+        return self._collection.survey()
 
-def _as_narinfo(valid: ValidPathInfo, store_dir: StoreDir) -> NarInfo:
-    """What Nix's database knows of a path, as a cache would have said it. No file has this URL: none is asked for."""
-    return NarInfo(
-        store_path=valid.store_path,
-        url=f"nar/{valid.store_path.hash_part}.nar",
-        compression="none",
-        file_hash=None,
-        file_size=None,
-        nar_hash=valid.nar_hash,
-        nar_size=valid.nar_size,
-        references=valid.references,
-        deriver=valid.deriver,
-        system=None,
-        signatures=valid.signatures,
-        ca=valid.ca,
-        unknown=(),
-        store_dir=store_dir,
-    )
+    def size(self) -> int:
+        """Return the bytes on disk of all committed paths."""
+        return self._collection.measure()
+
+    def collect(
+        self, wanted: int | None, show: Callable[[Collected], None] = lambda _: None
+    ) -> Collected:
+        """Remove what no root reaches, the least recently used first, until ``wanted`` bytes are freed.
+
+        All of it for ``None``. ``show`` is told now and then how far it is.
+        """
+        return self._collection.collect(wanted, show)
+
+    def _nar_size(self, path: StorePath) -> int | None:
+        """The size of the NAR that a committed path came as."""
+        recorded = self._target.state.recorded(path)
+        if recorded is not None:
+            return recorded.info.nar_size
+        valid = self._target.nix.valid_path_info(path)
+        return None if valid is None else valid.nar_size
+
+    def _let_go(self, base_names: Iterable[str]) -> None:
+        self._target.state.touch(base_names, int(self._target.clock()))
+
+    def _identity(self, path: StorePath) -> tuple[int, int] | None:
+        """What changes when another object gets the path's name, or its root directory changes."""
+        with storage("look for", self.location(path)):
+            try:
+                status = self.location(path).lstat()
+            except FileNotFoundError:
+                return None
+        return status.st_ino, status.st_ctime_ns
+
+
+def _inode(path: str) -> int | None:
+    try:
+        return os.lstat(path).st_ino
+    except FileNotFoundError:
+        return None

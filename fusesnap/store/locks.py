@@ -61,7 +61,7 @@ def path_lock(real: Path, base_name: str, *, wait_seconds: float = WAIT_SECONDS)
     try:
         yield
     finally:
-        _remove_lock(lock, descriptor)
+        mark_stale(lock, descriptor)
 
 
 @contextmanager
@@ -74,7 +74,7 @@ def path_lock_if_free(real: Path, base_name: str) -> Iterator[bool]:
         yield descriptor is not None
     finally:
         if descriptor is not None:
-            _remove_lock(lock, descriptor)
+            mark_stale(lock, descriptor)
 
 
 def _flock_within(descriptor: int, path: Path, wait_seconds: float) -> None:
@@ -122,7 +122,8 @@ def _is_stale(descriptor: int) -> bool:
     return status.st_size > 0 or status.st_nlink == 0
 
 
-def _remove_lock(lock: Path, descriptor: int) -> None:
+def mark_stale(lock: Path, descriptor: int) -> None:
+    """Remove a file that we have locked, for everybody who waits for it, and close it."""
     # A lock file that stays behind is harmless and goes at the next start, and on a full disk it cannot be written.
     with suppress(OSError):
         lock.unlink(missing_ok=True)

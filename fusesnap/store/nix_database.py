@@ -79,7 +79,7 @@ _REFERRERS: Final = """
         SELECT id FROM ValidPaths WHERE path = ?
         UNION SELECT referrer FROM Refs JOIN dependents ON reference = dependents.id
     )
-    SELECT id FROM dependents"""
+    SELECT id, path FROM dependents JOIN ValidPaths USING (id)"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +99,25 @@ class ValidPathInfo:
     ultimate: bool
     signatures: tuple[Signature, ...]
     ca: str | None
+
+    def as_narinfo(self, store_dir: StoreDir) -> NarInfo:
+        """This, as a cache would have said it. No file has this URL: none is asked for."""
+        return NarInfo(
+            store_path=self.store_path,
+            url=f"nar/{self.store_path.hash_part}.nar",
+            compression="none",
+            file_hash=None,
+            file_size=None,
+            nar_hash=self.nar_hash,
+            nar_size=self.nar_size,
+            references=self.references,
+            deriver=self.deriver,
+            system=None,
+            signatures=self.signatures,
+            ca=self.ca,
+            unknown=(),
+            store_dir=store_dir,
+        )
 
 
 class NixDatabase:
@@ -258,14 +277,17 @@ class Registrar:
             [(identifier, name, path) for name, path in outputs],
         )
 
-    def invalidate(self, base_name: str) -> int:
-        """Make a path invalid, and before it what refers to it, directly or not; return how many were valid."""
+    def invalidate(self, base_name: str) -> set[str]:
+        """Make a path invalid, and before it what refers to it, directly or not; return who was valid."""
         rows = self._connection.execute(
             _REFERRERS, (f"{self._store_dir.path}/{base_name}",)
         ).fetchall()
-        self._connection.executemany("DELETE FROM Refs WHERE referrer = ?", rows)
-        self._connection.executemany("DELETE FROM ValidPaths WHERE id = ?", rows)
-        return len(rows)
+        for statement in (
+            "DELETE FROM Refs WHERE referrer = ?",
+            "DELETE FROM ValidPaths WHERE id = ?",
+        ):
+            self._connection.executemany(statement, [(identifier,) for identifier, _ in rows])
+        return {self._store_dir.parse(path).base_name for _, path in rows}
 
     def _insert(self, info: NarInfo, registration_time: int) -> int | None:
         deriver = None if info.deriver is None else self._store_dir.format(info.deriver)

@@ -49,7 +49,7 @@ def recover(target: CommitTarget) -> RecoveryReport:
     unknown = there.keys() - recorded.keys() - valid
     missing = (recorded.keys() | valid) - there.keys()
     unknown_removed = sum(_remove_unknown(target, name, there[name]) for name in sorted(unknown))
-    vanished = sum(_forget_vanished(target, name) for name in sorted(missing))
+    vanished = sum(forget_vanished(target, name) for name in sorted(missing))
     if vanished:
         valid = target.nix.all_valid()
     unfinished = [recorded[name] for name in recorded.keys() & there.keys() - valid]
@@ -137,20 +137,23 @@ def _is_unknown(target: CommitTarget, name: str) -> bool:
     return there and not known
 
 
-def _forget_vanished(target: CommitTarget, name: str) -> bool:
-    """Drop the rows of a path whose files are gone, or never came."""
+def forget_vanished(target: CommitTarget, name: str) -> bool:
+    """Drop the rows of a path whose files are gone, or never came; return whether that is so.
+
+    Not of one that somebody is adding right now. Raises :class:`StorageFailure`.
+    """
     location = target.layout.real / name
     with path_lock_if_free(target.layout.real, name) as free:
         with storage("look for", location):
             if not free or is_there(location):
                 return False
-        target.state.forget_recorded(name)
+        target.state.forget_recorded([name])
         with target.nix.registering() as registrar:
             invalidated = registrar.invalidate(name)
         if invalidated:
             logger.warning(
                 "%s vanished: it and its referrers, %d paths, are no longer valid",
                 location,
-                invalidated,
+                len(invalidated),
             )
     return True

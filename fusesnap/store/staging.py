@@ -16,6 +16,7 @@ import errno
 import logging
 import os
 import tempfile
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,6 +85,7 @@ class CommitTarget:
     state: StateDatabase
     nix: NixDatabase
     registration: Registration
+    clock: Callable[[], float]  # seconds since 1970
 
 
 class StagedPath:
@@ -143,7 +145,7 @@ class StagedPath:
 
     def record(self) -> None:
         """Note in our database that the path is about to be there."""
-        self._target.state.record(self.pin)
+        self._target.state.record(self.pin, int(self._target.clock()))
 
     def rename(self) -> None:
         """Give the path its name in the store directory: from here on it is committed."""

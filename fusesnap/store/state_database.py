@@ -14,7 +14,7 @@ from fusesnap.nix.narinfo import NarInfo, parse_narinfo
 from fusesnap.nix.store_path import StoreDir, StorePath
 from fusesnap.store.database import Database
 
-SCHEMA_VERSION: Final = 1
+SCHEMA_VERSION: Final = 2
 
 # store_path is a base name. Ordinals are part of inode numbers, which live as long as a mount does: AUTOINCREMENT, so
 # that none is ever used again. A path may be known by several NAR hashes, but is in the store with one.
@@ -25,6 +25,8 @@ CREATE TABLE paths (
     nar_hash TEXT NOT NULL,
     narinfo TEXT NOT NULL,
     state TEXT NOT NULL CHECK (state IN ('pinned', 'recorded')),
+    size INTEGER,                      -- bytes on disk of what is recorded, once measured
+    used INTEGER NOT NULL DEFAULT 0,   -- seconds since 1970: when it was recorded, or a root last let go of it
     UNIQUE (store_path, nar_hash)
 );
 CREATE UNIQUE INDEX paths_recorded ON paths (store_path) WHERE state = 'recorded';
@@ -39,6 +41,11 @@ CREATE TABLE waiting (
 );
 CREATE INDEX waiting_missing ON waiting (missing);
 """
+# From one version to the next.
+_UPGRADES: Final = {
+    1: "ALTER TABLE paths ADD COLUMN size INTEGER;"
+    " ALTER TABLE paths ADD COLUMN used INTEGER NOT NULL DEFAULT 0",
+}
 
 
 class PathState(StrEnum):
@@ -60,6 +67,16 @@ class Pin:
 
     ordinal: int
     info: NarInfo
+
+
+@dataclass(frozen=True, slots=True)
+class StoredPath:
+    """A recorded path. ``size`` in bytes on disk, 0 where it was not measured; ``used`` in seconds since 1970."""
+
+    ordinal: int
+    base_name: str
+    size: int
+    used: int
 
 
 class StateDatabase:
@@ -124,8 +141,11 @@ class StateDatabase:
         with self._database.reading("count paths in") as connection:
             return _number(connection.execute(query, (state,)))
 
-    def record(self, pin: Pin) -> None:
-        """Note that the path's verified bytes are about to get their name, with what registration will need."""
+    def record(self, pin: Pin, now: int) -> None:
+        """Note that the path's verified bytes are about to get their name, with what registration will need.
+
+        ``now`` is in seconds since 1970.
+        """
         path = pin.info.store_path.base_name
         references = [(pin.ordinal, reference.base_name) for reference in pin.info.references]
         with self._database.writing("record a path in") as connection:
@@ -135,22 +155,76 @@ class StateDatabase:
                 (path,),
             )
             connection.execute(
-                "UPDATE paths SET state = 'recorded', narinfo = ? WHERE ordinal = ?",
-                (pin.info.to_text(), pin.ordinal),
+                "UPDATE paths SET state = 'recorded', narinfo = ?, size = NULL, used = ?"
+                " WHERE ordinal = ?",
+                (pin.info.to_text(), now, pin.ordinal),
             )
             connection.execute("DELETE FROM path_references WHERE referrer = ?", (pin.ordinal,))
             connection.executemany(
                 "INSERT OR IGNORE INTO path_references VALUES (?, ?)", references
             )
 
-    def forget_recorded(self, base_name: str) -> None:
-        """Note that a path is not in the store. It stays pinned: a mount may still use its ordinal."""
+    def forget_recorded(self, base_names: Iterable[str]) -> None:
+        """Note that paths are not in the store. They stay pinned: a mount may still use their ordinals."""
         recorded = "SELECT ordinal FROM paths WHERE store_path = ? AND state = 'recorded'"
-        with self._database.writing("drop a path from") as connection:
-            for row in connection.execute(recorded, (base_name,)).fetchall():
-                connection.execute("UPDATE paths SET state = 'pinned' WHERE ordinal = ?", row)
-                connection.execute("DELETE FROM path_references WHERE referrer = ?", row)
-                connection.execute("DELETE FROM waiting WHERE referrer = ?", row)
+        forget = (
+            "UPDATE paths SET state = 'pinned', size = NULL WHERE ordinal = ?",
+            "DELETE FROM path_references WHERE referrer = ?",
+            "DELETE FROM waiting WHERE referrer = ?",
+        )
+        with self._database.writing("drop paths from") as connection:
+            for name in base_names:
+                for row in connection.execute(recorded, (name,)).fetchall():
+                    for statement in forget:
+                        connection.execute(statement, row)
+
+    def stored(self) -> list[StoredPath]:
+        """Return all recorded paths, the least recently used first."""
+        query = (
+            "SELECT ordinal, store_path, coalesce(size, 0), used FROM paths"
+            " WHERE state = 'recorded' ORDER BY used, store_path"
+        )
+        with self._database.reading("list paths in") as connection:
+            return [StoredPath(*row) for row in connection.execute(query)]
+
+    def references(self) -> dict[str, list[str]]:
+        """Return what the recorded paths that reference anything reference, by base names."""
+        query = (
+            "SELECT store_path, reference FROM path_references JOIN paths ON ordinal = referrer"
+            " WHERE state = 'recorded'"
+        )
+        references: dict[str, list[str]] = {}
+        with self._database.reading("read references from") as connection:
+            for referrer, reference in connection.execute(query):
+                references.setdefault(referrer, []).append(reference)
+        return references
+
+    def total_size(self) -> int:
+        """Return how many bytes the recorded paths take that were measured."""
+        query = "SELECT coalesce(sum(size), 0) FROM paths WHERE state = 'recorded'"
+        with self._database.reading("add up paths in") as connection:
+            return _number(connection.execute(query))
+
+    def unmeasured(self) -> list[StoredPath]:
+        """Return the recorded paths whose size is not known."""
+        query = (
+            "SELECT ordinal, store_path, 0, used FROM paths WHERE state = 'recorded'"
+            " AND size IS NULL ORDER BY ordinal"
+        )
+        with self._database.reading("list paths in") as connection:
+            return [StoredPath(*row) for row in connection.execute(query)]
+
+    def set_sizes(self, sizes: Mapping[int, int]) -> None:
+        """Note by ordinal how many bytes recorded paths take on disk."""
+        query = "UPDATE paths SET size = ? WHERE ordinal = ? AND state = 'recorded'"
+        with self._database.writing("note sizes in") as connection:
+            connection.executemany(query, [(size, ordinal) for ordinal, size in sizes.items()])
+
+    def touch(self, base_names: Iterable[str], now: int) -> None:
+        """Note that paths were in use until ``now``, in seconds since 1970."""
+        query = "UPDATE paths SET used = ? WHERE store_path = ? AND state = 'recorded'"
+        with self._database.writing("note the use of paths in") as connection:
+            connection.executemany(query, [(now, name) for name in base_names])
 
     def recorded_name(self, ordinal: int) -> str | None:
         """Return the base name of this ordinal's path if it is recorded."""
@@ -201,15 +275,17 @@ class StateDatabase:
     def _create(self) -> None:
         with self._database.writing("create tables in") as connection:
             version = _number(connection.execute("PRAGMA user_version"))
-            if version == 0:
-                for statement in _SCHEMA.split(";"):
-                    connection.execute(statement)
-                connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
-            elif version != SCHEMA_VERSION:
+            if version == SCHEMA_VERSION:
+                return  # nothing is written, and so it can be opened on a full disk
+            if version not in (0, *_UPGRADES):
                 raise Unsupported(
                     f"{self._database.path} has schema version {version}, expected {SCHEMA_VERSION}:"
                     " another version of fusesnap wrote it"
                 )
+            steps = [_UPGRADES[step] for step in range(version, SCHEMA_VERSION) if version]
+            for statement in ";".join(steps or [_SCHEMA]).split(";"):
+                connection.execute(statement)
+            connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
 
     def _existing_pin(self, connection: sqlite3.Connection, info: NarInfo) -> Pin | None:
         """Return the pin of ``info`` unless there is something to write."""

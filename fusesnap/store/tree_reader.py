@@ -32,10 +32,16 @@ def scan_tree(location: Path) -> Tree:
 
     Raises :class:`StorageFailure`, and :class:`InvalidData` for what no NAR can hold, such as a socket.
     """
+    return measured_tree(location)[0]
+
+
+def measured_tree(location: Path) -> tuple[Tree, int]:
+    """As :func:`scan_tree`, and how many bytes the NAR of what is there would have."""
     builder = TreeBuilder()
-    for event in _Walk(location, contents=False).events():
+    walk = _Walk(location, contents=False)
+    for event in walk.events():
         builder.receive(event)
-    return builder.tree()
+    return builder.tree(), walk.nar_size
 
 
 def nar_events(location: Path) -> Iterator[NarEvent]:
@@ -81,6 +87,11 @@ class _Walk:
         self._waiting: list[
             list[bytes]
         ] = []  # names in each directory on the way, the next one last
+
+    @property
+    def nar_size(self) -> int:
+        """The bytes so far; at the end, of the whole NAR."""
+        return self._offset
 
     def events(self) -> Iterator[NarEvent]:
         with storage("read", self._location):

@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import os
 import subprocess
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import pytest
 
@@ -116,17 +117,23 @@ def commit_path(store: LocalStore, made: MadePath) -> StorePath:
     return info.store_path
 
 
-def run_nix(*command: str | Path, home: Path, user: int | None = None) -> tuple[int, str, str]:
+def run_nix(
+    *command: str | Path,
+    home: Path,
+    user: int | None = None,
+    environment: Mapping[str, str] = MappingProxyType({}),
+) -> tuple[int, str, str]:
     """Run a command of Nix's; give its exit code, and what it wrote to stdout and stderr."""
-    environment = {
+    variables = {
         "PATH": os.environ["PATH"],
         "HOME": str(home),
         "NIX_REMOTE": "local",
         "NIX_CONF_DIR": str(home),
         "NIX_CONFIG": NIX_CONFIG,
+        **environment,
     }
     done = subprocess.run(
-        command, env=environment, capture_output=True, timeout=60, check=False, text=True, user=user
+        command, env=variables, capture_output=True, timeout=60, check=False, text=True, user=user
     )
     return done.returncode, done.stdout, done.stderr
 

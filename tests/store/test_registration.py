@@ -116,7 +116,7 @@ def test_a_reference_that_became_invalid_meanwhile_is_waited_for_again(
     commit(store, leaves[0])
     commit(store, leaves[1])
     with store._target.nix.registering() as registrar:  # as Nix's garbage collector does
-        assert registrar.invalidate(leaves[0][0].store_path.base_name) == 1
+        assert len(registrar.invalidate(leaves[0][0].store_path.base_name)) == 1
     commit(store, leaves[2])
     assert store.valid_path_info(root[0].store_path) is None
     commit(store, leaves[0])

@@ -11,7 +11,7 @@ import pytest
 
 from fusesnap.errors import StorageFailure, Unsupported
 from fusesnap.nix.store_path import StoreDir
-from fusesnap.store.state_database import PathState, Pin, StateDatabase
+from fusesnap.store.state_database import PathState, Pin, StateDatabase, StoredPath
 
 Make = Callable[..., Any]
 
@@ -57,7 +57,7 @@ def test_a_pin_follows_the_newest_narinfo_until_it_is_recorded(
     pin = database.pins([new])[0]
     assert pin.info == new
     assert database.pinned(old.store_path) == pin
-    database.record(pin)
+    database.record(pin, 5)
     assert database.pins([newest]) == [pin]
     assert database.pinned(old.store_path) == pin
 
@@ -65,13 +65,13 @@ def test_a_pin_follows_the_newest_narinfo_until_it_is_recorded(
 def test_the_recorded_pin_comes_first(database: StateDatabase, make: Make) -> None:
     one, other = (make("a", data)[0] for data in (b"one", b"other"))
     first, second = database.pins([one, other])
-    database.record(first)
+    database.record(first, 5)
     assert database.pinned(one.store_path) == first == database.recorded(one.store_path)
     assert database.count(PathState.RECORDED) == database.count(PathState.PINNED) == 1
-    database.record(second)  # the first never arrived
+    database.record(second, 5)  # the first never arrived
     assert database.pinned(one.store_path) == second
     assert database.all_recorded() == {one.store_path.base_name: second.ordinal}
-    database.forget_recorded(one.store_path.base_name)
+    database.forget_recorded([one.store_path.base_name])
     assert database.recorded(one.store_path) is None
     assert database.pin_of(second.ordinal) == second
 
@@ -79,7 +79,7 @@ def test_the_recorded_pin_comes_first(database: StateDatabase, make: Make) -> No
 def test_references_in_their_order(database: StateDatabase, make: Make) -> None:
     info = make("a", None, ["b", "c", "d"])[0]
     pin = database.pins([info])[0]
-    database.record(pin)
+    database.record(pin, 5)
     names = [path.base_name for path in info.references]
     assert database.first_reference(pin.ordinal, lambda name: True) == names[0]
     assert database.first_reference(pin.ordinal, lambda name: True, after=names[0]) == names[1]
@@ -138,7 +138,7 @@ def test_a_database_of_another_version_is_refused(tmp_path: Path) -> None:
     connection = sqlite3.connect(tmp_path / "db")
     connection.execute("PRAGMA user_version = 7")
     connection.close()
-    with pytest.raises(Unsupported, match=r"/db has schema version 7, expected 1"):
+    with pytest.raises(Unsupported, match=r"/db has schema version 7, expected 2"):
         StateDatabase(tmp_path / "db", StoreDir())
 
 
@@ -146,3 +146,50 @@ def test_what_is_no_database_is_refused(tmp_path: Path) -> None:
     (tmp_path / "db").write_bytes(b"not a database" * 100)
     with pytest.raises(StorageFailure, match=r"cannot open .*/db: file is not a database"):
         StateDatabase(tmp_path / "db", StoreDir())
+
+
+def test_a_database_of_the_version_before_is_upgraded(tmp_path: Path, make: Make) -> None:
+    connection = sqlite3.connect(tmp_path / "db")
+    connection.executescript(
+        """
+        CREATE TABLE paths (
+            ordinal INTEGER PRIMARY KEY AUTOINCREMENT,
+            store_path TEXT NOT NULL,
+            nar_hash TEXT NOT NULL,
+            narinfo TEXT NOT NULL,
+            state TEXT NOT NULL CHECK (state IN ('pinned', 'recorded')),
+            UNIQUE (store_path, nar_hash)
+        );
+        PRAGMA user_version = 1;
+        """
+    )
+    info = make("a")[0]
+    row = (info.store_path.base_name, str(info.nar_hash), info.to_text())
+    connection.execute(
+        "INSERT INTO paths (store_path, nar_hash, narinfo, state) VALUES (?, ?, ?, 'recorded')", row
+    )
+    connection.commit()
+    connection.close()
+    for _ in range(2):
+        database = StateDatabase(tmp_path / "db", StoreDir())
+        assert database.recorded(info.store_path) == Pin(1, info)
+        assert database.unmeasured() == [StoredPath(1, row[0], 0, 0)]
+        database.close()
+
+
+def test_sizes_and_uses_are_of_what_is_recorded(database: StateDatabase, make: Make) -> None:
+    a, b = database.pins([make(name)[0] for name in "ab"])
+    database.record(a, 5)
+    database.record(b, 7)
+    names = [pin.info.store_path.base_name for pin in (a, b)]
+    assert [path.ordinal for path in database.unmeasured()] == [1, 2]
+    database.set_sizes({1: 4096, 2: 8192})
+    database.touch(names[:1], 9)
+    assert database.unmeasured() == []
+    assert database.stored() == [StoredPath(2, names[1], 8192, 7), StoredPath(1, names[0], 4096, 9)]
+    assert database.total_size() == 12288
+    database.forget_recorded(names[:1])
+    database.set_sizes({1: 1})
+    assert database.total_size() == 8192
+    database.record(a, 11)
+    assert database.unmeasured() == [StoredPath(1, names[0], 0, 11)]
