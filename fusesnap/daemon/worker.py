@@ -40,6 +40,8 @@ from fusesnap.filesystem.waiting import Request, WaitingRequests
 BEAT_EVERY = 1.0
 # Seconds that requests have to be answered in, when we are told to stop.
 DRAIN = 5.0
+# Seconds that what was collected may go on taking room on the disk.
+CLOSE_REMOVED_EVERY = 10.0
 # Each blocked reader occupies a task of a few KiB; more than this do not block at once on a node.
 MAX_TASKS = 4096
 
@@ -52,6 +54,7 @@ class Worker:
     operations: Operations
     waiting: WaitingRequests
     send_again: Callable[[], object]
+    open_files: OpenFiles
 
 
 async def serve(
@@ -73,7 +76,7 @@ async def serve(
             }
             operations = Operations(parts, node.store.layer)
             with connected(fuse, init_request, operations) as send_again:
-                await answer(Worker(node, operations, waiting, send_again), ready)
+                await answer(Worker(node, operations, waiting, send_again, open_files), ready)
             open_files.close()
             views.close()
 
@@ -93,6 +96,7 @@ async def answer(worker: Worker, ready: int) -> None:
     async with trio.open_nursery() as nursery:
         nursery.start_soon(stop_gently, worker, nursery.cancel_scope)
         nursery.start_soon(worker.waiting.release_killed, is_dying)
+        nursery.start_soon(close_removed, worker.open_files)
         address = worker.node.settings.root / control.SOCKET_NAME
         await nursery.start(control.serve, address, calls(worker))
         nursery.start_soon(say_alive, ready)
@@ -111,6 +115,13 @@ async def say_alive(line: int) -> None:
             os.write(line, word)
         word = BEAT
         await trio.sleep(BEAT_EVERY)
+
+
+async def close_removed(open_files: OpenFiles) -> None:
+    """Let go of files that were collected as garbage, now and then, until cancelled."""
+    while True:
+        await trio.sleep(CLOSE_REMOVED_EVERY)
+        open_files.close_removed()
 
 
 async def stop_gently(worker: Worker, scope: trio.CancelScope) -> None:

@@ -18,12 +18,12 @@ from fusesnap.errors import (
     UntrustedPath,
 )
 from fusesnap.fetch.flight import Flight, FlightState, Progress, Reader
+from fusesnap.fetch.keeping import keeping
 from fusesnap.fetch.trees import Trees
 from fusesnap.fetch.unpacking import UnpackerDied, Unpackers
 from fusesnap.nix.store_path import StorePath
 from fusesnap.nix.tree import Tree
 from fusesnap.store.local_store import LocalStore, Pin
-from fusesnap.store.tree_reader import scan_tree
 from fusesnap.substituter.pool import Offer, SubstituterPool
 
 log = logging.getLogger(__name__)
@@ -106,11 +106,12 @@ class Realiser:
     async def closure(self, root: StorePath) -> list[StorePath]:
         """``root`` and every path that it references, directly or not, admitted, in order of discovery.
 
-        Raises ``ClosureUnavailable``.
+        None of it is collected before this process ends. Raises ``ClosureUnavailable``.
         """
         found: dict[StorePath, None] = {root: None}
         frontier = [root]
         while frontier:
+            await trio.to_thread.run_sync(self._store.roots.keep, frontier)
             await self.admit(frontier)
             reached: list[StorePath] = []
             for path in frontier:
@@ -169,6 +170,10 @@ class Realiser:
         """The tree behind an ordinal, if it is in memory: never waits."""
         return self._trees.get(ordinal)
 
+    def forget_tree(self, ordinal: int) -> None:
+        """Look at the path behind an ordinal again at the next question: it is not on disk as it was."""
+        self._trees.drop(ordinal)
+
     def flights(self) -> list[FlightState]:
         """Every transfer of this moment, the longest running first."""
         return [flight.state() for flight in self._flights.values()]
@@ -192,11 +197,11 @@ class Realiser:
     async def _committed_tree(self, path: StorePath) -> Tree | None:
         if not self._store.is_committed(path):
             return None
-        pin = self._pin(path)
-        tree = self._trees.get(pin.ordinal)
+        tree = self._trees.get(self._pin(path).ordinal)
         if tree is None:
-            tree = await trio.to_thread.run_sync(scan_tree, self._store.location(path))
-            self._trees.put(pin.ordinal, tree)
+            tree = await trio.to_thread.run_sync(self._store.tree, path)
+            if tree is not None:
+                self._trees.put(self._pin(path).ordinal, tree)
         return tree
 
     def _flight(self, path: StorePath) -> Flight:
@@ -213,7 +218,8 @@ class Realiser:
         try:
             async with self._transfers:
                 flight.board()
-                outcome = await self._fetch(flight)
+                async with keeping(self._store.roots, [flight.path]):
+                    outcome = await self._fetch(flight)
         except Exception as error:
             log.warning(
                 "%s cannot be had: %s",
@@ -291,7 +297,10 @@ class Realiser:
             async for piece in pieces:
                 await unpacking.feed(piece)
             await unpacking.commit()
-        return await trio.to_thread.run_sync(scan_tree, self._store.location(flight.path))
+        tree = await trio.to_thread.run_sync(self._store.tree, flight.path)
+        if tree is None:
+            raise Unavailable(f"{flight.path}: somebody removed it as soon as it was committed")
+        return tree
 
 
 def named(url: str, failure: FusesnapError) -> str:

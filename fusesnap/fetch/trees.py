@@ -25,6 +25,11 @@ class Trees:
             self._trees.move_to_end(ordinal)
         return tree
 
+    def drop(self, ordinal: int) -> None:
+        """Let go of a tree, if it is here."""
+        old = self._trees.pop(ordinal, None)
+        self._held -= len(old.entries) if old is not None else 0
+
     def put(self, ordinal: int, tree: Tree) -> None:
         """Keep ``tree``, and let go of the least recently used ones beyond the capacity (never of this one)."""
         old = self._trees.pop(ordinal, None)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 
-from fusesnap.errors import InvalidData, NotFound
+from fusesnap.errors import InvalidData, NotFound, Unavailable
 from fusesnap.fetch.realiser import Realiser
 from fusesnap.filesystem.inode import Inode, InodeKind
 from fusesnap.filesystem.nodes import FOREVER, Attributes, DirectoryEntry, directory
@@ -16,6 +18,10 @@ from fusesnap.filesystem.waiting import Question, WaitingRequests
 from fusesnap.nix.store_path import StorePath
 from fusesnap.nix.tree import Entry, EntryKind, Tree
 from fusesnap.store.local_store import LocalStore, Pin
+
+# A path that is removed again as soon as it is fetched is no accident.
+READ_ATTEMPTS = 3
+GONE = {errno.ENOENT, errno.ENOTDIR, errno.ELOOP}  # or something else is there
 
 MODES = {
     EntryKind.DIRECTORY: stat.S_IFDIR | 0o555,
@@ -54,9 +60,7 @@ class StoreNodes:
         Raises where that cannot be so: overlayfs would take an absence here, or another kind, for an empty directory.
         """
         pin = self._pinned(path)
-        if self._store.is_committed(path) and not stat.S_ISDIR(
-            self._store.location(path).lstat().st_mode
-        ):
+        if self._store.is_committed(path) and not self._may_be_directory(path):
             raise InvalidData(f"{path}: the image's placeholder says directory, its NAR does not")
         return directory(Inode(InodeKind.CLAIMED, 0, pin.ordinal).number)
 
@@ -68,6 +72,11 @@ class StoreNodes:
             tree = await self._wait(Question("lookup", path, inode.number, pid=pid))
             inode = Inode(InodeKind.STORE, 0, self._pinned(path).ordinal, view)
         return _attributes(tree, inode)
+
+    def _may_be_directory(self, path: StorePath) -> bool:
+        with suppress(FileNotFoundError):  # collected meanwhile
+            return stat.S_ISDIR(self._store.location(path).lstat().st_mode)
+        return True
 
     # --------------------------------------------------------------- nodes
 
@@ -118,23 +127,42 @@ class StoreNodes:
         await self._directory(inode, pid, "opendir")
 
     async def read(self, inode: Inode, offset: int, size: int) -> bytes:
-        """See ``Nodes``. No await lies between finding the descriptor and using it: nothing can close it meanwhile."""
-        number = inode.number
-        descriptor = self._open_files.get(number)
-        if descriptor is None:
-            tree = await self._tree(inode, None, "read")
-            location = os.fsencode(self._store.location(self._pin(inode).info.store_path))
-            inner = tree.path(inode.entry)
-            descriptor = self._open_files.open(
-                number, b"/".join((location, inner)) if inner else location
-            )
-        return os.pread(descriptor, size, offset)
+        """See ``Nodes``. No await lies between finding the descriptor and using it: nothing can close it meanwhile.
+
+        A path may have been collected, or removed by somebody, since its tree was read; then it is fetched again.
+        """
+        for _ in range(READ_ATTEMPTS):
+            descriptor = self._open_files.get(inode.number)
+            if descriptor is None:
+                tree = await self._tree(inode, None, "read")
+                descriptor = self._open(inode, tree)
+            if descriptor is not None:
+                return os.pread(descriptor, size, offset)
+            self._realiser.forget_tree(inode.ordinal)
+        raise Unavailable(
+            f"{self._pin(inode).info.store_path}: removed {READ_ATTEMPTS} times while it was read"
+        )
 
     async def xattrs(self, inode: Inode) -> dict[bytes, bytes]:
         """A NAR has none."""
         return {}
 
     # ------------------------------------------------------------- private
+
+    def _open(self, inode: Inode, tree: Tree) -> int | None:
+        """A descriptor of a file that the tree has, or ``None`` where it is not on disk any more."""
+        location = os.fsencode(self._store.location(self._pin(inode).info.store_path))
+        inner = tree.path(inode.entry)
+        try:
+            return self._open_files.open(
+                inode.number,
+                b"/".join((location, inner)) if inner else location,
+                _entry(tree, inode).size,
+            )
+        except OSError as error:
+            if error.errno not in GONE:
+                raise
+            return None
 
     def _pinned(self, path: StorePath) -> Pin:
         pin = self._store.pinned(path)

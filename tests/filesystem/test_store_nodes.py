@@ -19,7 +19,7 @@ from fusesnap.filesystem.inode import Inode, InodeKind
 from fusesnap.filesystem.open_files import OpenFiles
 from fusesnap.filesystem.store_nodes import StoreNodes
 from fusesnap.filesystem.waiting import WaitingRequests
-from fusesnap.nix.store_path import StoreDir
+from fusesnap.nix.store_path import StoreDir, StorePath
 from fusesnap.nix.tree import Tree
 from fusesnap.store.local_store import LocalStore
 from fusesnap.substituter.memory import MemorySubstituter
@@ -46,8 +46,10 @@ class Bench:
             deadline=10.0,
         )
         realiser = Realiser(store, pool, ThreadUnpackers(store), nursery, Limits(), self.identify)
+        self.realiser = realiser
         waiting = WaitingRequests(self.identify, ErrorCounts())
-        self.nodes = StoreNodes(store, realiser, OpenFiles(), waiting, self.note)
+        self.open_files = OpenFiles()
+        self.nodes = StoreNodes(store, realiser, self.open_files, waiting, self.note)
 
     def identify(self, pid: int) -> Reader:
         return Reader(pid, "test")
@@ -120,3 +122,54 @@ async def test_a_path_rebuilt_before_anything_was_shown_is_served_as_it_is_now(
     rebuilt = Sample(replace(other.info, store_path=hello.path), other.file).signed_by(KEY)
     bench.cache.publish(rebuilt.info, rebuilt.file)
     assert (await bench.nodes.root(hello.path, 1, None)).size == 77
+
+
+async def read_whole(bench: Bench, path: StorePath) -> tuple[Inode, bytes]:
+    inode = Inode.parse((await bench.nodes.root(path, 1, None)).inode)
+    await bench.nodes.open(inode, None)
+    return inode, await bench.nodes.read(inode, 0, 1 << 20)
+
+
+async def test_what_was_collected_is_fetched_again_by_whoever_still_reads(bench: Bench) -> None:
+    hello = sample("hello", size=300_000)
+    bench.publish(hello)
+    inode, whole = await read_whole(bench, hello.path)
+    assert bench.store.collect(None).paths == (hello.path,)
+    # An open file goes on; one that has to be opened again is fetched again, by the tree that is in memory.
+    assert await bench.nodes.read(inode, 0, 1 << 20) == whole
+    assert not bench.store.is_committed(hello.path)
+    bench.open_files.close()
+    assert await bench.nodes.read(inode, 100, 1 << 20) == whole[100:]
+    assert bench.store.is_committed(hello.path)
+    assert bench.cache.requests.count(hello.info.url) == 2
+    assert (await bench.nodes.attributes(inode, None)).size == 300_000
+
+
+@pytest.mark.parametrize("anew", [False, True])
+@pytest.mark.parametrize("how", ["gone", "cut short", "another"])
+async def test_what_somebody_removed_or_changed_behind_our_back_is_fetched_again(
+    bench: Bench, how: str, anew: bool
+) -> None:
+    hello = sample("hello", size=300_000)
+    bench.publish(hello)
+    inode, whole = await read_whole(bench, hello.path)
+    bench.open_files.close()
+    location = bench.store.location(hello.path)
+    location.unlink()
+    if how == "cut short":
+        location.write_bytes(whole[:-1000])
+    if how == "another":
+        location.mkdir()
+    if anew:
+        bench.realiser.forget_tree(inode.ordinal)  # a worker that starts anew knows none
+    assert await bench.nodes.read(inode, 0, 1 << 20) == whole
+    assert location.read_bytes() == whole
+
+
+async def test_a_claimed_directory_that_was_collected_is_one_still(bench: Bench) -> None:
+    hello = sample("hello")
+    bench.publish(hello)
+    root = bench.nodes.claimed_root(hello.path)
+    await read_whole(bench, hello.path)
+    bench.store.collect(None)
+    assert bench.nodes.claimed_root(hello.path) == root
