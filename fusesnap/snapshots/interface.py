@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import Protocol
 
 from fusesnap.nix.store_path import StorePath
+from fusesnap.store.roots import Roots
 
 
 class Kind(Enum):
@@ -64,6 +65,9 @@ class Usage:
 
     size: int
     inodes: int
+
+    def __add__(self, other: Usage) -> Usage:
+        return Usage(self.size + other.size, self.inodes + other.inodes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,12 +160,17 @@ class CommittedStore(Protocol):
     """The part of the local store that a snapshotter looks at. Its methods are called in threads."""
 
     @property
+    def roots(self) -> Roots:
+        """What the collector must leave alone."""
+        ...
+
+    @property
     def layer(self) -> Path:
         """The overlay layer in which ``.fusesnap-store``, marked opaque, holds the committed store paths."""
         ...
 
     def committed_among(self, paths: Sequence[StorePath]) -> set[StorePath]:
-        """Those of ``paths`` whose verified content is there. It stays there."""
+        """Those of ``paths`` whose verified content is there. It stays there if it is kept by a root."""
         ...
 
     def location(self, path: StorePath) -> Path:

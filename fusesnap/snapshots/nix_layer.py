@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -21,6 +21,7 @@ from fusesnap.errors import (
     InvalidArgument,
     InvalidData,
 )
+from fusesnap.fetch.keeping import keeping
 from fusesnap.nix.closure_labels import (
     CLOSURE_LABEL,
     MAX_STORE_PATHS_SIZE,
@@ -78,10 +79,12 @@ class NixLayers:
         labels: Mapping[str, str],
         below: Mapping[StorePath, PathKind],
         lowers: Sequence[Path],
+        root: Callable[[Iterable[StorePath]], None],
     ) -> NixFacts:
         """What the layer in the directory ``layer``, with ``labels``, means above a chain with the paths ``below``.
 
-        ``lowers`` are the directories of the chain's layers, topmost first.
+        ``lowers`` are the directories of the chain's layers, topmost first. ``root`` is called, in a thread, with the
+        paths that it stands for, before it is looked what of them is there: from then on nothing of them is collected.
 
         Every path that it stands for can be had then, and every path that it adds to is committed. Raises as
         :meth:`labelled`.
@@ -92,6 +95,8 @@ class NixLayers:
             self._replaces, content, lowers, below
         )
         found = recognise(content, named, _as_placed(below), by_content=by_content)
+        if found.paths:
+            await trio.to_thread.run_sync(root, found.paths)
         sizes = await self.ensure_admitted(found.paths)
         await self.realise_all(found.added_to)
         completed = await trio.to_thread.run_sync(self._directories, found.added_to)
@@ -138,9 +143,10 @@ class NixLayers:
             return ()
         if not isinstance(said, ClosureLabel):
             return said.paths
-        if await self.missing([said.path]):
-            await self._source.realise(said.path)
-        return await trio.to_thread.run_sync(self._listed_in, said.path)
+        async with keeping(self._store.roots, [said.path]):
+            if await self.missing([said.path]):
+                await self._source.realise(said.path)
+            return await trio.to_thread.run_sync(self._listed_in, said.path)
 
     def _listed_in(self, closure: StorePath) -> tuple[StorePath, ...]:
         where = f"label {CLOSURE_LABEL}: {self._store_dir.format(closure)}"

@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -44,8 +45,9 @@ from fusesnap.snapshots.nix_layer import NixLayers
 from fusesnap.snapshots.overlay import OverlayOptions
 from fusesnap.snapshots.owners import Owners, is_shifting
 from fusesnap.snapshots.records import NOTHING_NIX, Chain, Generation, NixFacts, Snapshot
+from fusesnap.snapshots.snapshot_roots import SnapshotRoots
 from fusesnap.snapshots.transaction import Transaction
-from fusesnap.snapshots.usage import disk_usage
+from fusesnap.snapshots.usage import directories_usage, disk_usage
 from fusesnap.snapshots.views import Plan, Views
 from fusesnap.store.storage_errors import storage
 
@@ -92,6 +94,7 @@ class Snapshotter(Snapshots):
         self._release_readers = release_readers
         self._directories = Directories(root / "snapshots")
         self._idmapped = IdmappedMounts(root)
+        self._roots = SnapshotRoots(store.roots)
         self._nix = NixLayers(store, paths, store_dir, by_content=recognise_by_content)
         views = Views(store, paths, self._nix, farms, lazy, store_dir, clock)
         self._answers = Answers(self._directories, farms, store, views, self._idmapped, options)
@@ -236,7 +239,8 @@ class Snapshotter(Snapshots):
             if not is_shifting(key):
                 layers = self._answers.image_layers(chain)
                 fs = self._directories.fs(active.id)
-                facts = await self._nix.facts(fs, all_labels, chain.paths, layers)
+                root = partial(self._roots.add, active.id)
+                facts = await self._nix.facts(fs, all_labels, chain.paths, layers, root)
             await trio.to_thread.run_sync(self._commit, active, chain, key, name, labels, facts)
         except StorageFailure:
             await trio.to_thread.run_sync(self._check_there, active)
@@ -370,6 +374,7 @@ class Snapshotter(Snapshots):
                 self._store,
                 self._store_dir,
             )
+            usage += directories_usage(self._directories.base(id_))
         with self._metastore.writing() as transaction:
             _check_same(active, transaction.check_commit(key, name, parent))
             _same_parent(transaction, parent, chain)
@@ -416,7 +421,8 @@ class Snapshotter(Snapshots):
         for farm in self._farms.remove_unfinished():
             log.warning("removed %s, which was being built", farm)
         with self._metastore.reading() as transaction:
-            ids = transaction.ids()
+            ids, stated = transaction.ids(), transaction.stated_paths()
+        self._roots.recover(stated)
         self._idmap_again()
         for id_ in self._directories.missing(ids):
             log.error("the directory %s of a snapshot is missing", self._directories.fs(id_))
@@ -460,11 +466,14 @@ class Snapshotter(Snapshots):
     def _sweep(self) -> list[Path]:
         """Remove what no snapshot owns; says what it was. What cannot be removed is left for the next time."""
         with self._metastore.writing() as transaction:
-            rubbish = self._directories.set_orphans_aside(transaction.ids())
+            ids = transaction.ids()
+            rubbish = self._directories.set_orphans_aside(ids)
             farms = self._farms.set_aside_unused(transaction.farms(), overlay_mounts)
             rubbish.update((farm, farm) for farm in farms)
-            for id_ in self._idmapped.ids() - transaction.ids():
+            for id_ in self._idmapped.ids() - ids:
                 self._idmapped.remove(id_)
+            let_go = self._roots.of_nobody(ids, overlay_mounts)
+        self._roots.remove(let_go)
         removed = []
         for path, former in rubbish.items():
             try:

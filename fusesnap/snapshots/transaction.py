@@ -137,6 +137,13 @@ class Transaction:
             for closure, lazy, view, layer in rows
         ]
 
+    def stated_paths(self) -> dict[int, list[StorePath]]:
+        """The store paths that each committed snapshot, being a Nix layer, stands for."""
+        stated: dict[int, list[StorePath]] = {}
+        for id_, base_name in self._run("SELECT snapshot, base_name FROM nix_paths"):
+            stated.setdefault(id_, []).append(StorePath.parse_base_name(base_name))
+        return stated
+
     def farms(self) -> set[str]:
         """The keys of all farms that some snapshot refers to."""
         rows = self._run(

@@ -28,6 +28,9 @@ from fusesnap.snapshots.interface import Mount
 from fusesnap.snapshots.metastore import Metastore
 from fusesnap.snapshots.overlay import OverlayOptions
 from fusesnap.snapshots.snapshotter import Snapshotter
+from fusesnap.store.collector_lock import CollectorLock
+from fusesnap.store.roots import Roots
+from fusesnap.store.temporary_roots import TemporaryRoots
 
 settings.register_profile("deterministic", deadline=None, derandomize=True, database=None)
 settings.load_profile("deterministic")
@@ -93,6 +96,11 @@ class DirectoryStore:
         self.real = self.layer / ".fusesnap-store"
         self.real.mkdir(parents=True, exist_ok=True)
         os.setxattr(self.real, OPAQUE, b"y")
+        (state / "nix" / "temproots").mkdir(parents=True)
+        self.let_go: list[str] = []
+        lock = CollectorLock(state / "nix")
+        self.temporary = TemporaryRoots(state / "nix", StoreDir(), lock)
+        self.roots = Roots(state / "nix", self.temporary, self.let_go.extend)
 
     def commit(self, path: StorePath, tree: Tree) -> None:
         if not self.location(path).exists():
@@ -285,6 +293,7 @@ class Bench:
 
     def close(self) -> None:
         self.metastore.close()
+        self.store.temporary.close()
 
     plant = staticmethod(plant)
     look = staticmethod(look)
