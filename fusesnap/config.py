@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import tomllib
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Final, Literal
 from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
@@ -22,6 +23,9 @@ DEFAULT_KEY = "cache.nixos.org-1:6NCHdD59X431o0gWypbMrAURkbJ16ZPMQFGspcDShjY="
 DEFAULT_ROOT = Path("/var/lib/fusesnap")
 SOCKET_NAME = "fusesnap.sock"
 DEFAULT_CONTAINERD = Path("/run/containerd/containerd.sock")
+
+_SIZE: Final = re.compile(r"([0-9]+)|([0-9]+(?:\.[0-9]+)?)([KMGT])(?:i?B)?", re.IGNORECASE)
+_UNITS: Final = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 
 class Fetch(BaseModel):
@@ -50,6 +54,42 @@ class Fetch(BaseModel):
         20.0, gt=0, description="seconds that a cache may say nothing in the middle of an answer"
     )
     connect_timeout: float = Field(10.0, gt=0, description="seconds for a connection to a cache")
+
+
+def parse_size(value: object) -> int:
+    """A number of bytes: as it is, or as text with a suffix of ``K``, ``M``, ``G`` or ``T``, powers of 1024.
+
+    Raises ``ValueError``.
+    """
+    match = _SIZE.fullmatch(str(value).strip())
+    if match is None or isinstance(value, bool | float):
+        raise ValueError(
+            f"{value!r}: a number of bytes is expected, or a text as '500M', '50G' or '1.5T'"
+        )
+    return int(match[1] or float(match[2]) * _UNITS[match[3].upper()])
+
+
+class Store(BaseModel):
+    """Table ``[store]``: how much of the disk the local store may take."""
+
+    model_config = ConfigDict(
+        extra="forbid", alias_generator=lambda name: name.replace("_", "-"), allow_inf_nan=False
+    )
+
+    max_size: int = Field(
+        0, description="bytes beyond which what no image needs is removed; 0: no limit"
+    )
+    min_free: int = Field(
+        0, description="bytes of the disk to keep free by removing what no image needs; 0: none"
+    )
+    check_every: float = Field(
+        30.0, gt=0, description="seconds from one look at these limits to the next"
+    )
+
+    @field_validator("max_size", "min_free", mode="before")
+    @classmethod
+    def _sizes(cls, value: object) -> int:
+        return parse_size(value)
 
 
 class Settings(BaseModel):
@@ -92,6 +132,7 @@ class Settings(BaseModel):
         DEFAULT_CONTAINERD, description="containerd's own socket, for the diff service"
     )
     fetch: Fetch = Field(default_factory=Fetch)
+    store: Store = Field(default_factory=Store)
 
     @field_validator("substituters")
     @classmethod
@@ -184,9 +225,12 @@ def _read(path: Path) -> dict[str, Any]:
 def _explain(source: str, problem: Any) -> str:
     key = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
-        model = Fetch if key.startswith("fetch.") else Settings
+        model = _TABLES.get(key.partition(".")[0], Settings) if "." in key else Settings
         return f"{source}: unknown key {key!r}; known are {', '.join(_known(model))}"
     return f"{source}: {key}: {problem['msg'].removeprefix('Value error, ')}"
+
+
+_TABLES: Final[dict[str, type[BaseModel]]] = {"fetch": Fetch, "store": Store}
 
 
 def _known(model: type[BaseModel]) -> Iterable[str]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from fusesnap.config import DEFAULT_KEY, DEFAULT_SUBSTITUTER, load
+from fusesnap.config import DEFAULT_KEY, DEFAULT_SUBSTITUTER, load, parse_size
 from fusesnap.errors import InvalidConfiguration
 
 KEY = "testbed-1:" + "A" * 43 + "="
@@ -99,3 +99,38 @@ def test_settings_survive_the_way_to_another_process() -> None:
     settings = load(None, {"fetch": {"transfers": 5}})
     values: dict[str, Any] = settings.model_dump(mode="json", by_alias=True)
     assert load(None, values) == settings
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        (0, 0),
+        (4096, 4096),
+        ("4096", 4096),
+        ("500K", 500 << 10),
+        ("1.5g", 3 << 29),
+        ("2 TiB".replace(" ", ""), 2 << 40),
+        (" 10MB ", 10 << 20),
+    ],
+)
+def test_sizes(text: object, size: int) -> None:
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "-1", -1, "1.5", 1.5, True, "10X", "G", "1e9", None])
+def test_what_is_no_size(text: object) -> None:
+    with pytest.raises(ValueError, match="a number of bytes is expected"):
+        parse_size(text)
+
+
+def test_limits_of_the_store(tmp_path: Path) -> None:
+    file = tmp_path / "fusesnap.toml"
+    file.write_text('[store]\nmax-size = "50G"\nmin-free = 1000\n')
+    store = load(file, {}).store
+    assert (store.max_size, store.min_free) == (50 << 30, 1000)
+    file.write_text('[store]\nmax-size = "much"\n')
+    with pytest.raises(InvalidConfiguration, match=r"store\.max-size: 'much': a number of bytes"):
+        load(file, {})
+    file.write_text("[store]\nmaximum = 1\n")
+    with pytest.raises(InvalidConfiguration, match=r"'store\.maximum'; known are check-every, max"):
+        load(file, {})

@@ -13,6 +13,7 @@ from fusesnap.cli.doctor import doctor
 from fusesnap.cli.mount import mount
 from fusesnap.cli.prefetch import prefetch
 from fusesnap.cli.status import status
+from fusesnap.cli.store import store
 from fusesnap.errors import FusesnapError
 from fusesnap.exit_codes import exit_code, table
 
@@ -41,7 +42,7 @@ def cli() -> None:
     """
 
 
-for command in (daemon, mount, prefetch, status, cancel, doctor, completion):
+for command in (daemon, mount, prefetch, status, cancel, store, doctor, completion):
     cli.add_command(command)
 
 

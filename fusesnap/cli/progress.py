@@ -63,6 +63,38 @@ def describe(flight: FlightState) -> str:
     return f"fetching {flight.path.name}{percent}" + (f" for {readers}" if readers else "")
 
 
+class CollectProgress:
+    """A bar over what is to be freed."""
+
+    def __init__(self) -> None:
+        console = Console(stderr=True)
+        self._bar = Progress(
+            TextColumn("freeing"),
+            BarColumn(),
+            DownloadColumn(),
+            console=console,
+            disable=not console.is_terminal,
+            transient=True,
+        )
+        self._task = self._bar.add_task("", total=None)
+
+    def __enter__(self) -> Self:
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._bar.stop()
+
+    def update(self, freed: int, total: int) -> None:
+        """``freed`` of ``total`` bytes are free."""
+        self._bar.update(self._task, completed=freed, total=total)
+
+
 class FetchProgress:
     """A bar over a whole closure."""
 

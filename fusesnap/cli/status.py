@@ -58,6 +58,7 @@ def lines(answer: dict[str, Any]) -> list[str]:
         f"serving    {answer['address']} (services pid {answer['services']['pid']})",
         f"fuse       {answer['fuse_mount']} ({worker(answer['worker'])})",
         f"paths      {paths['valid']} valid, {paths['committed']} committed, {paths['missing']} missing",
+        f"store      {store(answer['store'])}",
         *section("cache", [cache(each) for each in answer["caches"]]),
         *section("on fuse", [[key] for key in answer["depend_on_fuse"]]),
         *section("fetching", [fetching(each) for each in answer["fetching"]]),
@@ -71,6 +72,20 @@ def worker(answer: dict[str, Any]) -> str:
     if answer["pid"] is not None:
         return f"worker pid {answer['pid']}"
     return click.style(f"no worker answers: {answer['error']}", fg="red")
+
+
+def store(answer: dict[str, Any]) -> str:
+    """How much of the disk the store takes, and may take."""
+    limits = [
+        f"{word} {size(answer[key])}"
+        for word, key in (("at most", "max_size"), ("at least free:", "min_free"))
+        if answer[key]
+    ]
+    told = f" ({', '.join(limits)})" if limits else ""
+    return (
+        f"{size(answer['size'])}{told}, {size(answer['collectable_size'])} in "
+        f"{answer['collectable_paths']} paths not in use; {size(answer['free'])} free on the disk"
+    )
 
 
 def cache(each: dict[str, Any]) -> list[str]:

@@ -18,6 +18,7 @@ import trio
 from fusesnap.config import Settings, handed_down
 from fusesnap.daemon import control
 from fusesnap.daemon.build import Node, open_node, plain_errors
+from fusesnap.daemon.collector import Collector
 from fusesnap.daemon.lazy_layer import WorkerMount
 from fusesnap.daemon.logs import explained, log_to_stderr
 from fusesnap.daemon.path_source import HintingPathSource
@@ -45,8 +46,10 @@ async def run(settings: Settings, ready: int) -> None:
             waits = WorkersWaits(settings.root / control.SOCKET_NAME)
             snapshotter = build_snapshotter(node, nursery, waits)
             await snapshotter.recover()
+            collector = Collector(node.store, settings.store)
+            nursery.start_soon(collector.run)
             calls = {
-                "Status": partial(status, node, snapshotter, waits),
+                "Status": partial(status, node, snapshotter, waits, collector),
                 "Cancel": partial(cancel, node, snapshotter, waits),
             }
             also = [daemon_service(calls), diff_service(build_differ(settings))]

@@ -117,7 +117,10 @@ async def open_source(node: Node, source: str) -> RootFs:
         closure = await node.realiser.closure(node.store_dir.parse(source))
         return await trio.to_thread.run_sync(closure_tree, node, closure)
     rootfs = await open_image(node, source)
-    await node.realiser.admit(shown_paths(rootfs))
+    paths = shown_paths(rootfs)
+    # As long as this is mounted nothing of it is collected.
+    await trio.to_thread.run_sync(node.store.roots.keep, paths)
+    await node.realiser.admit(paths)
     return rootfs
 
 

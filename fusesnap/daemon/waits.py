@@ -12,6 +12,7 @@ import trio
 
 from fusesnap.daemon import control
 from fusesnap.daemon.build import Node
+from fusesnap.daemon.collector import Collector
 from fusesnap.daemon.readers import is_thread_of, snapshots_of
 from fusesnap.daemon.status import NOTHING_KNOWN, node_status
 from fusesnap.errors import FusesnapError, InvalidArgument, NotFound
@@ -67,7 +68,11 @@ def readers(status: Mapping[str, Any]) -> set[int]:
 
 
 async def status(
-    node: Node, snapshotter: Snapshotter, waits: WorkersWaits, question: Mapping[str, Any]
+    node: Node,
+    snapshotter: Snapshotter,
+    waits: WorkersWaits,
+    collector: Collector,
+    question: Mapping[str, Any],
 ) -> dict[str, Any]:
     """What ``fusesnap status`` shows, also while the worker is away: then without what only it knows."""
     try:
@@ -86,6 +91,7 @@ async def status(
     dependents = await trio.to_thread.run_sync(fuse_dependents, node, uppers)
     return {
         **answer,
+        "store": await trio.to_thread.run_sync(collector.status),
         "depend_on_fuse": dependents,
         "services": {"pid": os.getpid()},
         "supervisor": {"pid": os.getppid()},

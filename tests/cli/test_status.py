@@ -46,6 +46,15 @@ def answer(**changes: Any) -> dict[str, Any]:
                 "last_error": None,
             }
         ],
+        "store": {
+            "size": 3_000_000,
+            "paths": 2,
+            "collectable_size": 1_000_000,
+            "collectable_paths": 1,
+            "max_size": 50_000_000_000,
+            "min_free": 0,
+            "free": 7_000_000_000,
+        },
         "fetching": [],
         "waiting": [],
         "errors": [],

@@ -1,0 +1,77 @@
+"""Keeps the local store within its limits while the daemon runs."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import trio
+
+from fusesnap.config import Store
+from fusesnap.daemon.collection import standing
+from fusesnap.errors import FusesnapError
+from fusesnap.store.local_store import Collected, LocalStore
+
+log = logging.getLogger(__name__)
+
+
+class Collector:
+    """Collects in the background what ``limits`` say is too much, and says how the store stands."""
+
+    def __init__(self, store: LocalStore, limits: Store) -> None:
+        self._store = store
+        self._limits = limits
+        self._told = False  # that there is too much, and nothing to collect
+
+    async def run(self) -> None:
+        """Look every now and then, until cancelled. What fails is logged, and tried again the next time."""
+        while self._limits.max_size or self._limits.min_free:
+            try:
+                # Not abandoned when we are cancelled: it ends with its batch, and the next start would tidy up.
+                await trio.to_thread.run_sync(self.collect)
+            except FusesnapError as error:
+                log.warning("collecting garbage failed: %s", error)
+            await trio.sleep(self._limits.check_every)
+
+    def collect(self) -> Collected:
+        """Collect what is too much now; blocking. Raises ``StorageFailure``."""
+        excess = self.excess()
+        if excess <= 0:
+            self._told = False
+            return Collected()
+        done = self._store.collect(excess, lambda _: trio.from_thread.check_cancelled())
+        if done.paths:
+            log.info("collected %d store paths, %d bytes", len(done.paths), done.size)
+        if done.size < excess and not self._told:
+            self._told = True
+            log.warning(
+                "%s: the store is beyond its limits by %d bytes, and all that is left is in use",
+                self._store.real,
+                excess - done.size,
+            )
+        return done
+
+    def excess(self) -> int:
+        """How many bytes are to be freed; blocking. Raises ``StorageFailure``."""
+        limits = self._limits
+        over = self._store.size() - limits.max_size if limits.max_size else 0
+        lacking = limits.min_free - free_space(self._store.real) if limits.min_free else 0
+        return max(0, over, lacking)
+
+    def status(self) -> dict[str, Any]:
+        """The store as JSON values, in bytes; blocking. Raises ``StorageFailure``."""
+        survey = self._store.survey()
+        return {
+            **standing(survey),
+            "max_size": self._limits.max_size,
+            "min_free": self._limits.min_free,
+            "free": free_space(self._store.real),
+        }
+
+
+def free_space(directory: Path) -> int:
+    """The bytes that others than root may still write where ``directory`` is."""
+    status = os.statvfs(directory)
+    return status.f_bavail * status.f_frsize
