@@ -89,7 +89,10 @@ def daemon(
         store_dir=store_dir,
     )
     if containerd_version is not None:
-        click.echo(block(containerd_version, Snapshotter(settings.socket, settings.root)), nl=False)
+        # containerd maps layers from 2.0 on; 1.6 would pass the labels on, and could not mount what they ask for.
+        remap_ids = containerd_version == "3" and can_map_ids(settings.root)
+        snapshotter = Snapshotter(settings.socket, settings.root, remap_ids)
+        click.echo(block(containerd_version, snapshotter), nl=False)
         return
     given = settings.model_dump(mode="json", by_alias=True)
     given |= {"address": str(settings.socket), "readahead": settings.readahead_kib * 1024}
@@ -103,6 +106,13 @@ def daemon(
         click.echo(json.dumps([*words, *own_command()]))
         return
     os.execv(sys.executable, [*words, *own_command()])  # noqa: S606
+
+
+def can_map_ids(root: Path) -> bool:
+    """Whether mounts can be ID-mapped here: only root can find out."""
+    from fusesnap.daemon.idmap_probe import idmapping  # noqa: PLC0415 - slow to import
+
+    return os.geteuid() == 0 and idmapping(root).remap_ids
 
 
 def own_command() -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -88,13 +89,24 @@ def doctor(
     except InvalidConfiguration as error:
         examination = examine_without(error)
     else:
-        where = Where(containerd_address, containerd_config)
-        examination = examine(settings, where, sample=sample)
+        configured = "containerd_address" in settings.model_fields_set
+        address = containerd_address or (settings.containerd_address if configured else None)
+        where = Where(address, containerd_config)
+        why_not = why_no_id_mapping if os.geteuid() == 0 else None
+        examination = examine(settings, where, sample=sample, idmapping=why_not)
     if as_json:
         click.echo(json.dumps(examination.as_json(), indent=2))
     else:
         click.echo("\n".join(lines(examination, can_show=can_show(sys.stdout.encoding))))
     sys.exit(examination.status)
+
+
+def why_no_id_mapping(root: Path) -> str:
+    """Why mounts of this state directory cannot be ID-mapped; empty if they can."""
+    from fusesnap.daemon.idmap_probe import idmapping  # noqa: PLC0415
+
+    found = idmapping(root)
+    return found.state or found.fuse
 
 
 def can_show(encoding: str) -> bool:

@@ -13,6 +13,7 @@ from fusesnap.errors import Unsupported
 from fusesnap.snapshots import overlay
 from fusesnap.snapshots.directories import Directories
 from fusesnap.snapshots.farms import Farms
+from fusesnap.snapshots.id_mapping import IdMapping
 from fusesnap.snapshots.idmapped import Clones, IdmappedMounts
 from fusesnap.snapshots.interface import CommittedStore, Kind, Mount
 from fusesnap.snapshots.overlay import OverlayOptions
@@ -38,7 +39,7 @@ class Answers:
         self._directories = directories
         self._farms = farms
         self._store = store
-        self._views = views
+        self.views = views
         self._idmapped = idmapped
         self._options = options
 
@@ -65,11 +66,11 @@ class Answers:
     async def plan(self, chain: Chain, owners: Owners) -> tuple[Plan, Clones | None]:
         """The view of a chain that has store paths, and the idmapped mounts that it needs.
 
-        Where there can be none, the closure is completed first: containerd maps the local store. Raises as
-        :meth:`Views.plan`.
+        Where FUSE can have none, the closure is completed first: containerd maps the local store. Raises as
+        :meth:`Views.plan`, and ``Unsupported`` where the local store can have none either.
         """
         layers = self.image_layers(chain, owners.shifted)
-        plan = await self._views.plan(chain, layers)
+        plan = await self.views.plan(chain, layers)
         mapping = owners.mapping_of_store(plan.generation)
         if mapping is None:
             return plan, None
@@ -80,8 +81,19 @@ class Answers:
             if owners.shifted:
                 log.warning("store paths are shown as nobody's in a user namespace: %s", error)
                 return plan, None
+            await trio.to_thread.run_sync(self._check_state, mapping)
             log.warning("a user namespace waits until its closure is complete: %s", error)
-            return await self._views.plan(chain, layers, complete=True), None
+            return await self.views.plan(chain, layers, complete=True), None
+
+    def _check_state(self, mapping: IdMapping) -> None:
+        """Raise ``Unsupported`` where containerd could not map the local store: nothing is to be fetched for that."""
+        try:
+            with self._idmapped.clone(mapping, lazy=False):
+                pass
+        except Unsupported as error:
+            raise Unsupported(
+                f'{error}: without capabilities = ["remap-ids"] containerd would not ask for it'
+            ) from error
 
     def idmap(self, id_: int, owners: Owners, generation: Generation) -> Clones | None:
         """The idmapped mounts that an answer was given with and that are not there any more."""

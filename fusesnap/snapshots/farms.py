@@ -30,8 +30,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Final
 
+from fusesnap.errors import Unsupported
 from fusesnap.nix.tree import STORE_MTIME_NS
 from fusesnap.snapshots.directories import NEW, REMOVED, remove_tree
+from fusesnap.snapshots.layer_content import OPAQUE_XATTR
 from fusesnap.snapshots.mountinfo import OverlayMount
 from fusesnap.store.storage_errors import storage
 
@@ -163,6 +165,23 @@ def _locked(directory: Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+
+
+def check_store_layer(layer: Path) -> None:
+    """Overlayfs looks below a redirect's target in every further layer: only the opaque mark ends that search.
+
+    Raises ``Unsupported`` where the store layer has none, so that an image could reach into store paths.
+    """
+    path = layer / STORE_NAME
+    with storage("read", path):
+        try:
+            opaque = os.getxattr(path, OPAQUE_XATTR)
+        except OSError as error:
+            raise Unsupported(
+                f"{path}: expected the extended attribute {OPAQUE_XATTR}: {error.strerror}"
+            ) from error
+    if opaque != b"y":
+        raise Unsupported(f"{path}: expected {OPAQUE_XATTR} = 'y', got {opaque!r}")
 
 
 def read_metadata(layers: Iterable[Path], name: str) -> DirectoryMetadata:

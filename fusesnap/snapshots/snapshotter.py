@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
@@ -17,14 +16,13 @@ from fusesnap.errors import (
     FusesnapError,
     StorageFailure,
     Unavailable,
-    Unsupported,
 )
 from fusesnap.nix.store_path import StoreDir
 from fusesnap.snapshots import overlay
 from fusesnap.snapshots.answers import Answers
 from fusesnap.snapshots.completion import complete
-from fusesnap.snapshots.directories import Directories, remove_tree
-from fusesnap.snapshots.farms import STORE_NAME, Farms
+from fusesnap.snapshots.directories import Directories
+from fusesnap.snapshots.farms import Farms, check_store_layer
 from fusesnap.snapshots.foresight import Foresight
 from fusesnap.snapshots.idmapped import Clones, IdmappedMounts
 from fusesnap.snapshots.interface import (
@@ -38,7 +36,7 @@ from fusesnap.snapshots.interface import (
     Usage,
 )
 from fusesnap.snapshots.labels import checked_labels, masked
-from fusesnap.snapshots.layer_content import OPAQUE_XATTR
+from fusesnap.snapshots.leftovers import Leftovers
 from fusesnap.snapshots.metastore import Metastore
 from fusesnap.snapshots.mountinfo import OverlayMount, overlay_mounts
 from fusesnap.snapshots.nix_layer import NixLayers
@@ -49,7 +47,6 @@ from fusesnap.snapshots.snapshot_roots import SnapshotRoots
 from fusesnap.snapshots.transaction import Transaction
 from fusesnap.snapshots.usage import directories_usage, disk_usage
 from fusesnap.snapshots.views import Plan, Views
-from fusesnap.store.storage_errors import storage
 
 log = logging.getLogger(__name__)
 
@@ -95,6 +92,9 @@ class Snapshotter(Snapshots):
         self._directories = Directories(root / "snapshots")
         self._idmapped = IdmappedMounts(root)
         self._roots = SnapshotRoots(store.roots)
+        self._leftovers = Leftovers(
+            metastore, self._directories, farms, self._idmapped, self._roots
+        )
         self._nix = NixLayers(store, paths, store_dir, by_content=recognise_by_content)
         views = Views(store, paths, self._nix, farms, lazy, store_dir, clock)
         self._answers = Answers(self._directories, farms, store, views, self._idmapped, options)
@@ -113,7 +113,7 @@ class Snapshotter(Snapshots):
 
         It may take long, as a large container's files do: no other call need wait for it.
         """
-        await trio.to_thread.run_sync(self._remove_leftovers, abandon_on_cancel=True)
+        await trio.to_thread.run_sync(self._leftovers.remove_if_possible, abandon_on_cancel=True)
 
     async def files_views(self) -> frozenset[Path]:
         """The views of single files that mounts of existing snapshots were answered with."""
@@ -266,7 +266,7 @@ class Snapshotter(Snapshots):
             with self._metastore.writing() as transaction:
                 transaction.remove(key)
             try:
-                self._sweep()
+                self._leftovers.remove()
             except StorageFailure as error:  # the snapshot is gone: cleanup finds what it has left
                 log.warning("%s", error)
 
@@ -274,7 +274,7 @@ class Snapshotter(Snapshots):
 
     async def cleanup(self) -> None:
         """See :class:`Snapshots`."""
-        await trio.to_thread.run_sync(self._sweep)
+        await trio.to_thread.run_sync(self._leftovers.remove)
 
     async def _create(
         self, kind: Kind, key: str, parent: str, labels: Mapping[str, str]
@@ -417,7 +417,7 @@ class Snapshotter(Snapshots):
         _check_same(seen, self._read(seen.info.name))
 
     def _recover(self) -> None:
-        self._check_store_layer()
+        check_store_layer(self._store.layer)
         for farm in self._farms.remove_unfinished():
             log.warning("removed %s, which was being built", farm)
         with self._metastore.reading() as transaction:
@@ -426,13 +426,6 @@ class Snapshotter(Snapshots):
         self._idmap_again()
         for id_ in self._directories.missing(ids):
             log.error("the directory %s of a snapshot is missing", self._directories.fs(id_))
-
-    def _remove_leftovers(self) -> None:
-        try:
-            for leftover in self._sweep():
-                log.warning("removed %s, which no snapshot owns", leftover)
-        except StorageFailure as error:  # nobody waits for it, and cleanup tries again
-            log.warning("%s", error)
 
     def _idmap_again(self) -> None:
         """Have the idmapped mounts of what was answered in an earlier life, on the FUSE mount of this one."""
@@ -449,40 +442,6 @@ class Snapshotter(Snapshots):
                 self._idmap(snapshot.id, owners, generation)
             except FusesnapError as error:  # the next call for this snapshot says so again
                 log.warning("snapshot %s: %s", snapshot.info.name, error)
-
-    def _check_store_layer(self) -> None:
-        """Overlayfs looks below a redirect's target in every further layer: only the opaque mark ends that search."""
-        path = self._store.layer / STORE_NAME
-        with storage("read", path):
-            try:
-                opaque = os.getxattr(path, OPAQUE_XATTR)
-            except OSError as error:
-                raise Unsupported(
-                    f"{path}: expected the extended attribute {OPAQUE_XATTR}: {error.strerror}"
-                ) from error
-        if opaque != b"y":
-            raise Unsupported(f"{path}: expected {OPAQUE_XATTR} = 'y', got {opaque!r}")
-
-    def _sweep(self) -> list[Path]:
-        """Remove what no snapshot owns; says what it was. What cannot be removed is left for the next time."""
-        with self._metastore.writing() as transaction:
-            ids = transaction.ids()
-            rubbish = self._directories.set_orphans_aside(ids)
-            farms = self._farms.set_aside_unused(transaction.farms(), overlay_mounts)
-            rubbish.update((farm, farm) for farm in farms)
-            for id_ in self._idmapped.ids() - ids:
-                self._idmapped.remove(id_)
-            let_go = self._roots.of_nobody(ids, overlay_mounts)
-        self._roots.remove(let_go)
-        removed = []
-        for path, former in rubbish.items():
-            try:
-                remove_tree(path)
-            except StorageFailure as error:
-                log.warning("%s", error)
-            else:
-                removed.append(former)
-        return removed
 
     def _now(self) -> int:
         return int(self._clock() * 1_000_000) * 1_000  # a float has no nanoseconds to give

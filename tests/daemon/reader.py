@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-PATIENCE = 60.0  # seconds for anything to happen on a machine that is busy
+PATIENCE = 150.0  # seconds for anything to happen on a machine that is busy
 
 # Looks up names that are not there, which only a worker can say, and counts. Any other answer ends it.
 READER = """

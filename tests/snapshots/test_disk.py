@@ -445,7 +445,7 @@ async def test_removal_does_not_fail_for_what_it_leaves(
         raise StorageFailure("cannot read mountinfo", errno.EIO)
 
     with monkeypatch.context() as patch:
-        patch.setattr("fusesnap.snapshots.snapshotter.overlay_mounts", fail)
+        patch.setattr("fusesnap.snapshots.leftovers.overlay_mounts", fail)
         await bench.snapshotter.remove("key")
         await bench.snapshotter.remove("image")  # the last that refers to the farm
     assert "cannot read mountinfo" in caplog.text

@@ -209,7 +209,7 @@ async def test_what_must_be_complete_is_not_what_was_remembered(bench: Bench) ->
     await bench.snapshotter.prepare("cold", "image", {})
     with bench.metastore.reading() as transaction:
         chain = transaction.chain("image")
-    views = bench.snapshotter._views
+    views = bench.snapshotter._answers.views
     assert not (await views.plan(chain, [])).generation.complete
     assert (await views.plan(chain, [], complete=True)).generation.complete
     assert bench.source.realised == [tool]

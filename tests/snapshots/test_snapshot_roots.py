@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, cast
 
 import pytest
@@ -107,9 +108,9 @@ def test_which_mounts_count() -> None:
     line = "30 20 0:40 / / rw - overlay overlay rw,lowerdir={},upperdir=/s/9/fs,workdir=/w\n"
     roots = SnapshotRoots(cast(Roots, Names()))  # only its names are asked for
     for lowers in ("/state/farms/a:/state/snapshots/7/fs", "farms/a:layer:snapshots/7/fs"):
-        mounts = parse(line.format(lowers).encode())
+        mounts = partial(parse, line.format(lowers).encode())
         assert roots.of_nobody({8}, mounts) == ["snapshot-77"]
-    assert roots.of_nobody({8}, ()) == ["snapshot-7", "snapshot-77"]
+    assert roots.of_nobody({8}, tuple) == ["snapshot-7", "snapshot-77"]
 
 
 async def test_a_restart_makes_roots_and_rows_agree(bench: Bench) -> None:

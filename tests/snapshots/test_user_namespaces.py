@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from fusesnap.errors import InvalidArgument, NotFound
+from fusesnap.errors import InvalidArgument, NotFound, Unsupported
 from fusesnap.snapshots.id_mapping import GID_LABEL, UID_LABEL, IdMapping
 from fusesnap.snapshots.idmapped import clones
 from fusesnap.snapshots.interface import Mount
@@ -221,6 +221,25 @@ async def test_where_fuse_cannot_be_mapped_the_closure_is_completed_first(bench:
     assert {path.name for path in bench.source.realised} == {"glibc", "config"}
     assert owners(mount_mapped(bench, mounts)) == {ROOT}
     assert await bench.snapshotter.mounts("container") == mounts
+
+
+async def test_where_the_store_cannot_be_mapped_nothing_is_fetched(
+    bench: Bench, tmp_path: Path
+) -> None:
+    for name in ("lower", "upper", "work", "shown"):
+        (tmp_path / name).mkdir()
+    layers = f"lowerdir={tmp_path}/lower,upperdir={tmp_path}/upper,workdir={tmp_path}/work"
+    mount("-t", "overlay", "-o", layers, "none", tmp_path / "shown")
+    elsewhere = type(bench)(tmp_path / "shown/state", bench.mounts)
+    await image(elsewhere, committed=False)
+    with pytest.raises(Unsupported) as caught:
+        await elsewhere.snapshotter.prepare("container", "image", LABELS)
+    assert f"{elsewhere.state}: its file system cannot be mounted idmapped" in str(caught.value)
+    assert "remap-ids" in str(caught.value)
+    assert not elsewhere.source.realised
+    with pytest.raises(NotFound):
+        await elsewhere.snapshotter.stat("container")
+    elsewhere.close()
 
 
 @pytest.mark.parametrize(
