@@ -69,6 +69,8 @@ class Answers:
         Where FUSE can have none, the closure is completed first: containerd maps the local store. Raises as
         :meth:`Views.plan`, and ``Unsupported`` where the local store can have none either.
         """
+        if owners.mapping is not None and not owners.shifted:
+            await trio.to_thread.run_sync(self._check_state, owners.mapping)
         layers = self.image_layers(chain, owners.shifted)
         plan = await self.views.plan(chain, layers)
         mapping = owners.mapping_of_store(plan.generation)
@@ -81,12 +83,11 @@ class Answers:
             if owners.shifted:
                 log.warning("store paths are shown as nobody's in a user namespace: %s", error)
                 return plan, None
-            await trio.to_thread.run_sync(self._check_state, mapping)
             log.warning("a user namespace waits until its closure is complete: %s", error)
             return await self.views.plan(chain, layers, complete=True), None
 
     def _check_state(self, mapping: IdMapping) -> None:
-        """Raise ``Unsupported`` where containerd could not map the local store: nothing is to be fetched for that."""
+        """Raise ``Unsupported`` where containerd could not map the local store: nothing is built or fetched for that."""
         try:
             with self._idmapped.clone(mapping, lazy=False):
                 pass

@@ -6,6 +6,7 @@ from it, the view of a chain is what it was, and one look at that directory says
 
 from __future__ import annotations
 
+import itertools
 import os
 import stat
 from collections.abc import Callable, Mapping, Sequence
@@ -53,10 +54,14 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class _Remembered:
-    """A plan, and the state of the store directory that it was made from, if that could be told from the next."""
+    """A plan, and the state of the store directory that it was made from, if that could be told from the next.
+
+    ``began``: when that was, counted as questions are.
+    """
 
     plan: Plan
     seen: StoreState | None
+    began: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +100,7 @@ class Views:
         self._store_dir = store_dir
         self._clock = clock
         self._remembered: dict[int, _Remembered] = {}
+        self._moments = itertools.count()
         self._turns: WeakValueDictionary[int, trio.Lock] = WeakValueDictionary()
 
     async def plan(
@@ -110,16 +116,23 @@ class Views:
         Its farms are built. Unless ``fetch_ahead`` is false, missing single files are fetched in the background from
         here on. Raises ``StorageFailure``, and what ``PathSource.realise`` raises where nothing may be missing.
         """
+        complete = complete or self._lazy is None
+        asked = next(self._moments)
         # Whoever asks meanwhile waits, and then finds what the first has made.
         async with self._turns.setdefault(chain.id, trio.Lock()):
-            plan = await self._plan(chain, image_layers, complete=complete or self._lazy is None)
+            known = self._remembered.get(chain.id)
+            if known is None or known.began < asked or not _serves(known.plan, complete=complete):
+                plan = await self._plan(chain, image_layers, complete=complete)
+            else:  # looked for after we asked: as good as our own
+                plan = known.plan
         if fetch_ahead and plan.wanted:
             self._source.prefetch(plan.wanted)
         return plan
 
     async def _plan(self, chain: Chain, image_layers: Sequence[Path], *, complete: bool) -> Plan:
-        plan, seen, missing = await trio.to_thread.run_sync(self._compare, chain)
-        if plan is not None and (plan.generation.complete or not complete):
+        began = next(self._moments)
+        plan, seen, missing = await trio.to_thread.run_sync(self._compare, chain, began)
+        if plan is not None and _serves(plan, complete=complete):
             return plan
         if complete:
             await self._nix.realise_all(chain.paths)
@@ -129,10 +142,12 @@ class Views:
         if paths.in_view and self._lazy is not None:
             files_view = await self._lazy.view(frozenset(paths.in_view))
         plan = await trio.to_thread.run_sync(self._compose, paths, files_view, image_layers)
-        self._remember(chain, plan, seen)
+        self._remember(chain, _Remembered(plan, seen, began))
         return plan
 
-    def _compare(self, chain: Chain) -> tuple[Plan | None, StoreState | None, set[StorePath]]:
+    def _compare(
+        self, chain: Chain, began: int
+    ) -> tuple[Plan | None, StoreState | None, set[StorePath]]:
         """The last plan, if it would be the same now; else the state of the store directory, and what is missing."""
         known = self._remembered.get(chain.id)
         if known is not None and not self._farms.are_there(known.plan.generation.farms):
@@ -143,7 +158,7 @@ class Views:
         missing = chain.paths.keys() - self._store.committed_among(list(chain.paths))
         if known is None or missing or not known.plan.generation.complete:
             return None, seen, missing
-        self._remember(chain, known.plan, seen)
+        self._remember(chain, _Remembered(known.plan, seen, began))
         return known.plan, seen, missing
 
     def _look(self) -> StoreState:
@@ -157,9 +172,9 @@ class Views:
         state = self._look()
         return state if state.changed / 1e9 < now - TICK else None
 
-    def _remember(self, chain: Chain, plan: Plan, seen: StoreState | None) -> None:
+    def _remember(self, chain: Chain, found: _Remembered) -> None:
         self._remembered.pop(chain.id, None)
-        self._remembered[chain.id] = _Remembered(plan, seen)
+        self._remembered[chain.id] = found
         for oldest in list(self._remembered)[:-MAX_REMEMBERED]:
             self._remembered.pop(oldest, None)
 
@@ -215,6 +230,10 @@ class Views:
             lazy_layer = self._lazy.layer
         generation = Generation(closure.key, lazy.key, files_view, lazy_layer)
         return Plan(generation, (closure, lazy), paths.wanted)
+
+
+def _serves(plan: Plan, *, complete: bool) -> bool:
+    return plan.generation.complete or not complete
 
 
 def _sort_of(kind: PathKind) -> PathKind:

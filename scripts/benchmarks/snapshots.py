@@ -271,6 +271,10 @@ def warm(bench: Bench, given: argparse.Namespace) -> None:
                 stack, FUSESNAP, ordinary_image(bench.paths, bench.store_dir), "ordinary-image"
             ),
         }
+        # The daemon has its own list of what the cold containers would have wanted.
+        bench.daemon.service.wait_until(
+            lambda: not bench.daemon.status()["fetching"], timeout=CALL_SECONDS
+        )
         os.sync()  # what was unpacked is still to be written, and a Prepare waits for its own few bytes
         alone: dict[str, list[Start]] = {name: [] for name in sides}
         for number in range(given.rounds):  # in turns: what else the machine does meets all

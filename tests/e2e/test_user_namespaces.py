@@ -22,9 +22,18 @@ MAPPING = ("--uidmap", "0:100000:65536", "--gidmap", "0:200000:65536")
 
 def run_mapped(node: Node, reference: str, name: str, script: str, *options: str) -> list[str]:
     """Run a shell in a container with a user namespace; returns the lines that it prints."""
-    argv = ("/bin/sh", "-c", script)
-    options = ("--rm", *MAPPING, *options)
-    return run(node.containerd.run_command(reference, name, *argv, options=options)).splitlines()
+    return run_shell(node, reference, name, script, *MAPPING, *options)
+
+
+def run_shell(node: Node, reference: str, name: str, script: str, *options: str) -> list[str]:
+    """Run a shell in a container; returns the lines that it prints.
+
+    They go to a file: ``ctr`` may end before it has opened the other end of a pipe that was written to.
+    """
+    log = node.work / f"{name}.log"
+    own = ("--rm", "--log-uri", f"file://{log}", *options)
+    run(node.containerd.run_command(reference, name, "/bin/sh", "-c", script, options=own))
+    return log.read_text().splitlines()
 
 
 def check_container(node: Node, simple: SimpleClosure, said: Sequence[str]) -> None:
@@ -93,8 +102,8 @@ def test_containerd_2_has_the_layers_mapped_cold_and_warm(
     assert "lazy" not in said
     assert len(node.daemon.status()["depend_on_fuse"]) == 1
     # Without a user namespace the same files are the host's root's.
-    stat = ("/bin/sh", "-c", f"stat -c %u:%g /etc/hostname {simple.tree}")
-    assert node.containerd.run(reference, "plain", *stat) == "0:0\n0:0\n"
+    stat = f"stat -c %u:%g /etc/hostname {simple.tree}"
+    assert run_shell(node, reference, "plain", stat) == ["0:0", "0:0"]
 
     for name in ("still-cold", "still-warm"):
         node.containerd.remove(name)
@@ -121,8 +130,9 @@ def test_a_cold_one_starts_again_after_the_daemon(
     with fusesnap_daemon(node.daemon.state, source=Source([cache.url], [key.public])):
         assert mounts_below(place) == [f"{place}/state", f"{place}/lazy"]
         container = node.containerd.restart_task("one")
-        said = container.execute("/bin/sh", "-c", f"stat -c %u:%g {simple.tree}/wide/file-9")
-        assert said == "0:0\n"
+        stat = f"stat -c %u:%g {simple.tree}/wide/file-9 > /said"
+        container.execute("/bin/sh", "-c", stat)
+        assert (container.root() / "said").read_text() == "0:0\n"
         node.containerd.remove("one")
         assert not idmapped(node)
 

@@ -96,7 +96,7 @@ class DirectoryStore:
         self.real = self.layer / ".fusesnap-store"
         self.real.mkdir(parents=True, exist_ok=True)
         os.setxattr(self.real, OPAQUE, b"y")
-        (state / "nix" / "temproots").mkdir(parents=True)
+        (state / "nix" / "temproots").mkdir(parents=True, exist_ok=True)
         self.let_go: list[str] = []
         lock = CollectorLock(state / "nix")
         self.temporary = TemporaryRoots(state / "nix", StoreDir(), lock)

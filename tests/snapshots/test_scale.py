@@ -183,6 +183,32 @@ async def test_many_at_once_build_one_farm(bench: Bench, built: list[str]) -> No
     assert len(await bench.snapshotter.walk()) == 101
 
 
+async def test_many_at_once_look_once_at_a_busy_store(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who asked before somebody looked need not look too; who asks after it must."""
+    await image_of(bench, "image", FEW)
+    await bench.snapshotter.prepare("first", "image", {})
+    bench.now = bench.store.real.stat().st_ctime
+    with bench.metastore.reading() as transaction:
+        chain = transaction.chain("image")
+    looks: list[int] = []
+    original = bench.store.committed_among
+
+    def committed_among(paths: Sequence[StorePath]) -> set[StorePath]:
+        looks.append(len(paths))
+        return original(paths)
+
+    monkeypatch.setattr(bench.store, "committed_among", committed_among)
+    async with trio.open_nursery() as nursery:
+        for _ in range(100):
+            nursery.start_soon(bench.snapshotter._views.plan, chain, [])
+    at_once = len(looks)
+    assert 1 <= at_once <= 2
+    await bench.snapshotter._views.plan(chain, [])
+    assert len(looks) == at_once + 1
+
+
 async def test_files_that_arrive_do_not_build_the_farm_anew(bench: Bench, built: list[str]) -> None:
     """There is an entry in it for every directory. They are served by FUSE until the last of them is there."""
     glibc = bench.path("glibc", TREE)

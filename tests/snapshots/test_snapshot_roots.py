@@ -124,7 +124,9 @@ async def test_a_restart_makes_roots_and_rows_agree(bench: Bench) -> None:
     nix = bench.state / "nix"
     bench.store.temporary = TemporaryRoots(nix, StoreDir(), CollectorLock(nix))
     bench.store.roots = Roots(nix, bench.store.temporary, bench.store.let_go.extend)
-    await bench.open().recover()
+    snapshotter = bench.open()
+    await snapshotter.recover()
+    await snapshotter.remove_leftovers()
     assert {path.name for path in directory.iterdir()} == {"snapshot-1", "snapshot-2"}
     assert rooted(bench) == {hello.base_name, other.base_name}
 
