@@ -83,7 +83,9 @@ class Store(BaseModel):
         0, description="bytes of the disk to keep free by removing what no image needs; 0: none"
     )
     check_every: float = Field(
-        30.0, gt=0, description="seconds from one look at these limits to the next"
+        30.0,
+        gt=0,
+        description="seconds from one look at these limits, and at mounts that are gone, to the next",
     )
 
     @field_validator("max_size", "min_free", mode="before")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +19,28 @@ log = logging.getLogger(__name__)
 
 
 class Collector:
-    """Collects in the background what ``limits`` say is too much, and says how the store stands."""
+    """Collects in the background what ``limits`` say is too much, and says how the store stands.
 
-    def __init__(self, store: LocalStore, limits: Store) -> None:
+    ``release`` lets go of what only a mount kept that is gone by now: a client may remove a snapshot before the kernel
+    has let go of its mount, and nobody tells us when it has.
+    """
+
+    def __init__(
+        self, store: LocalStore, limits: Store, release: Callable[[], Awaitable[None]]
+    ) -> None:
         self._store = store
         self._limits = limits
+        self._release = release
         self._told = False  # that there is too much, and nothing to collect
 
     async def run(self) -> None:
         """Look every now and then, until cancelled. What fails is logged, and tried again the next time."""
-        while self._limits.max_size or self._limits.min_free:
+        while True:
             try:
-                # Not abandoned when we are cancelled: it ends with its batch, and the next start would tidy up.
-                await trio.to_thread.run_sync(self.collect)
+                await self._release()
+                if self._limits.max_size or self._limits.min_free:
+                    # Not abandoned when we are cancelled: it ends with its batch.
+                    await trio.to_thread.run_sync(self.collect)
             except FusesnapError as error:
                 log.warning("collecting garbage failed: %s", error)
             await trio.sleep(self._limits.check_every)

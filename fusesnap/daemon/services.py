@@ -46,7 +46,7 @@ async def run(settings: Settings, ready: int) -> None:
             waits = WorkersWaits(settings.root / control.SOCKET_NAME)
             snapshotter = build_snapshotter(node, nursery, waits)
             await snapshotter.recover()
-            collector = Collector(node.store, settings.store)
+            collector = Collector(node.store, settings.store, snapshotter.cleanup)
             nursery.start_soon(collector.run)
             calls = {
                 "Status": partial(status, node, snapshotter, waits, collector),

@@ -87,7 +87,7 @@ class Answers:
             return await self.views.plan(chain, layers, complete=True), None
 
     def _check_state(self, mapping: IdMapping) -> None:
-        """Raise ``Unsupported`` where containerd could not map the local store: nothing is built or fetched for that."""
+        """Raise ``Unsupported`` where containerd could not map the local store: nothing is to be built for it."""
         try:
             with self._idmapped.clone(mapping, lazy=False):
                 pass

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import json
 import os
-import shutil
 import subprocess
+import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
+from testbed.containerd_configuration import (
+    CRI_NAMESPACE,
+    SNAPSHOTTER,
+    Release,
+    configuration,
+    cri_part,
+    pods_part,
+    write_network,
+)
 from testbed.processes import (
     CommandFailed,
     Service,
@@ -22,152 +29,31 @@ from testbed.processes import (
     wait_for_process,
 )
 
-SNAPSHOTTER = "fusesnap"
 SHIM = "containerd-shim-runc-v2"
 CGROUPS = Path("/sys/fs/cgroup")
-CONFIGURATION = """\
-version = {version}
-root = "{work}/root"
-state = "{work}/state"
-disabled_plugins = [{disabled}]
-[grpc]
-  address = "{work}/containerd.sock"
-[ttrpc]
-  address = "{work}/containerd.sock.ttrpc"
-"""
-PROXY = """\
-[proxy_plugins.{name}]
-  type = "snapshot"
-  address = "{address}"
-"""
-# From 2.0 on: containerd does not give every file of an image another owner for a user namespace.
-REMAP_IDS = """\
-  capabilities = ["remap-ids"]
-"""
-# Where the transfer service may unpack. It knows overlayfs only as long as nothing is said.
-UNPACK = """\
-[[plugins."io.containerd.transfer.v1.local".unpack_config]]
-  platform = "linux"
-  snapshotter = "{name}"
-  differ = "{differ}"
-"""
-# The snapshotter's daemon compares, too. containerd asks differs in this order; 1.6 knows no proxies of this type.
-DIFF = """\
-[proxy_plugins.{name}]
-  type = "diff"
-  address = "{address}"
-[plugins."io.containerd.service.v1.diff-service"]
-  default = ["{name}", "walking"]
-"""
-DIFFER = "fusesnap-diff"
-# As Kubernetes' configuration has it, with everything below our own directory.
-CRI = """\
-[plugins."io.containerd.grpc.v1.cri".containerd]
-  snapshotter = "{name}"
-  disable_snapshot_annotations = false
-[plugins."io.containerd.grpc.v1.cri".cni]
-  bin_dir = "{work}/cni"
-  conf_dir = "{work}/cni"
-"""
-CRI_OF_VERSION_3 = """\
-[plugins."io.containerd.cri.v1.images"]
-  snapshotter = "{name}"
-  disable_snapshot_annotations = false
-[plugins."io.containerd.cri.v1.runtime".cni]
-  bin_dirs = ["{work}/cni"]
-  conf_dir = "{work}/cni"
-"""
-# For pods. Their network namespaces and runc's state would be in directories shared with others, and to be spared when
-# memory runs out is not for everybody to ask.
-PODS = """\
-[plugins."io.containerd.cri.v1.images".pinned_images]
-  sandbox = "{image}"
-[plugins."io.containerd.cri.v1.runtime"]
-  netns_mounts_under_state_dir = true
-  restrict_oom_score_adj = true
-[plugins."io.containerd.cri.v1.runtime".containerd.runtimes.runc]
-  runtime_type = "io.containerd.runc.v2"
-[plugins."io.containerd.cri.v1.runtime".containerd.runtimes.runc.options]
-  Root = "{work}/runc"
-"""
-# Says that a pod has a network, which none of ours needs: nothing but this file's answer is there.
-NETWORK = {
-    "pods.conflist": '{"cniVersion": "1.0.0", "name": "pods", "plugins": [{"type": "none"}]}',
-    "none": """\
-#!/bin/sh
-echo '{"cniVersion": "1.0.0", "interfaces": [{"name": "eth0", "sandbox": "'"$CNI_NETNS"'"}],
-"ips": [{"interface": 0, "address": "192.0.2.1/32"}]}'
-""",
-    "loopback": """\
-#!/bin/sh
-echo '{"cniVersion": "1.0.0"}'
-""",
-}
-CRI_PLUGINS = (
-    "io.containerd.grpc.v1.cri",
-    "io.containerd.cri.v1.images",
-    "io.containerd.cri.v1.runtime",
-)
-CRI_NAMESPACE = "k8s.io"
-# CRI is for those who ask; opt and nri make directories outside of ours; the snapshotters need devices.
-DISABLED = (
-    *CRI_PLUGINS,
-    "io.containerd.internal.v1.opt",
-    "io.containerd.nri.v1.nri",
-    "io.containerd.snapshotter.v1.aufs",
-    "io.containerd.snapshotter.v1.blockfile",
-    "io.containerd.snapshotter.v1.btrfs",
-    "io.containerd.snapshotter.v1.devmapper",
-    "io.containerd.snapshotter.v1.erofs",
-    "io.containerd.snapshotter.v1.zfs",
-)
-
-
-@dataclass(frozen=True, slots=True)
-class Release:
-    """A containerd with its programs: those in ``programs``, beside what is on PATH; ``text`` is its version."""
-
-    text: str
-    programs: tuple[Path, ...] = ()
-
-    @classmethod
-    def of(cls, *programs: Path) -> Release:
-        """What is in these directories, searched before those of PATH."""
-        said = run([cls("", programs).program("containerd"), "--version"])
-        return cls(said.split()[2], programs)
-
-    @property
-    def environment(self) -> dict[str, str]:
-        """By which containerd finds this release's other programs."""
-        return {"PATH": os.pathsep.join([*map(str, self.programs), os.environ["PATH"]])}
-
-    def program(self, name: str) -> str:
-        """The path of a program of this release."""
-        return shutil.which(name, path=self.environment["PATH"]) or name
-
-    @property
-    def major(self) -> int:
-        return int(self.text.split(".")[0])
 
 
 class Container:
-    """A container that runs in the background. Times are in seconds."""
+    """A container that runs in the background. Times are in seconds.
+
+    Programs are run in it by runc itself: ctr of 1.7 and later closes the pipes of a program that has ended, whether it
+    has read them or not (``Delete`` in containerd's ``client/process.go`` cancels their reader).
+    """
 
     def __init__(self, containerd: Containerd, name: str, log: Path) -> None:
         self._containerd = containerd
-        self._executions = itertools.count(1)
         self._log = log
         self.name = name
 
     def execute(self, *argv: str, timeout: float = 60) -> str:
         """Run a program in the container and return its standard output. Raises CommandFailed."""
-        return self._containerd.ctr(*self._execution(argv), timeout=timeout)
+        return run(self._execution(argv), timeout=timeout)
 
     def execute_unchecked(
         self, *argv: str, timeout: float = 60
     ) -> subprocess.CompletedProcess[str]:
         """Run a program in the container, whatever its status."""
-        return self._containerd.ctr_unchecked(*self._execution(argv), timeout=timeout)
+        return run_unchecked(self._execution(argv), timeout=timeout)
 
     def log_text(self) -> str:
         """What the container's first process has said so far, on both streams."""
@@ -192,9 +78,7 @@ class Container:
         return Path(f"/proc/{self.pid}/mountinfo").read_text()
 
     def _execution(self, argv: Sequence[str]) -> list[str]:
-        identity = f"{self.name}-{next(self._executions)}"
-        options = ["--exec-id", identity, "--fifo-dir", self._containerd.fifo_directory]
-        return ["tasks", "exec", *options, self.name, *argv]
+        return [*self._containerd.runc(), "exec", self.name, *argv]
 
 
 class Containerd:
@@ -216,12 +100,16 @@ class Containerd:
 
     def in_namespace(self, namespace: str) -> Containerd:
         """The same containerd, in another of its namespaces."""
-        return Containerd(self.service, self._work, self.snapshotter, namespace)
+        return Containerd(self.service, self._work, self.snapshotter, namespace, self.release)
 
     def command(self, *arguments: str | Path) -> list[str]:
         """The words of a ``ctr`` command on this containerd."""
         own = ["--address", str(self.address), "--namespace", self.namespace]
         return [self.release.program("ctr"), *own, *(str(each) for each in arguments)]
+
+    def runc(self) -> list[str]:
+        """The words with which a ``runc`` command on this containerd's containers begins."""
+        return [self.release.program("runc"), "--root", str(self._work / "runc" / self.namespace)]
 
     def ctr(self, *arguments: str | Path, timeout: float = 60) -> str:
         """Run ``ctr`` and return its standard output. Raises CommandFailed with what it said."""
@@ -287,30 +175,50 @@ class Containerd:
         """The words of a ``ctr run``. Without ``argv`` the image's own command runs."""
         own = ["--snapshotter", snapshotter or self.snapshotter, "--fifo-dir", self.fifo_directory]
         # Else runc's state would be in /run and the cgroup named after the namespace, both shared with others.
-        cgroup = f"/{cgroup_name(self._work)}/{self._namespace}-{name}"
+        cgroup = f"/{cgroup_name(self._work)}/{self.namespace}-{name}"
         own += ["--runc-root", str(self._work / "runc"), "--cgroup", cgroup]
         return self.command("run", *own, *options, reference, name, *argv)
 
     def run(
         self, reference: str, name: str, *argv: str, snapshotter: str = "", timeout: float = 60
     ) -> str:
-        """Run a container to its end and remove it; returns its standard output. Raises CommandFailed."""
-        command = self.run_command(reference, name, *argv, snapshotter=snapshotter)
-        return run(command, timeout=timeout)
+        """Run a container to its end and remove it; returns its standard output. Raises CommandFailed.
+
+        From 1.7 on it comes with what the container says on its standard error.
+        """
+        done = self.run_unchecked(reference, name, *argv, snapshotter=snapshotter, timeout=timeout)
+        if done.returncode != 0:
+            status = f"container {name} ended with status {done.returncode}"
+            raise CommandFailed(f"{status}:\n{done.stderr}{done.stdout}".rstrip())
+        return done.stdout
 
     def run_unchecked(
         self, reference: str, name: str, *argv: str, snapshotter: str = "", timeout: float = 60
     ) -> subprocess.CompletedProcess[str]:
         """The same, whatever the container's status."""
-        command = self.run_command(reference, name, *argv, snapshotter=snapshotter)
-        return run_unchecked(command, timeout=timeout)
+        if self.release.text.startswith("1.6."):
+            command = self.run_command(reference, name, *argv, snapshotter=snapshotter)
+            return run_unchecked(command, timeout=timeout)
+        # Later ones close the container's pipes when it has ended, whether they have read them or not.
+        with tempfile.TemporaryDirectory(dir=self._work) as directory:
+            log = Path(directory) / "output"
+            command = self.run_command(
+                reference,
+                name,
+                *argv,
+                options=("--rm", "--log-uri", f"file://{log}"),
+                snapshotter=snapshotter,
+            )
+            done = run_unchecked(command, timeout=timeout)
+            done.stdout += log.read_text(errors="surrogateescape") if log.exists() else ""
+        return done
 
     @contextlib.contextmanager
     def started(
         self, reference: str, name: str, *argv: str, snapshotter: str = "", timeout: float = 60
     ) -> Iterator[Container]:
         """Keep a container running for the time of the context; its snapshot is removed with it."""
-        log = self._work / f"{self._namespace}-{name}.log"
+        log = self._work / f"{self.namespace}-{name}.log"
         options = ["--detach", "--log-uri", f"file://{log}"]
         command = self.run_command(reference, name, *argv, options=options, snapshotter=snapshotter)
         try:
@@ -329,7 +237,7 @@ class Containerd:
     def restart_task(self, name: str) -> Container:
         """End a container's processes by force, and start it again on the same snapshot."""
         self.ctr("tasks", "delete", "--force", name)
-        log = self._work / f"{self._namespace}-{name}-again.log"
+        log = self._work / f"{self.namespace}-{name}-again.log"
         options = ["--detach", "--fifo-dir", self.fifo_directory, "--log-uri", f"file://{log}"]
         self.ctr("tasks", "start", *options, name)
         return Container(self, name, log)
@@ -346,6 +254,7 @@ def containerd(
     *,
     proxy: Path | None = None,
     cri: bool = False,
+    annotations: bool = True,
     release: Release | None = None,
     remap_ids: bool = False,
     sandbox: str = "",
@@ -356,19 +265,21 @@ def containerd(
     ``work`` is a new directory with a short path, on a file system that can be overlay's upper.
     ``proxy`` is the socket of a proxy snapshotter, which is known as ``fusesnap`` and used unless a call names
     another; without it, that is containerd's own ``overlayfs``. With ``cri`` it serves Kubernetes' calls too, and
-    ``ctr`` works in their namespace. ``release`` is the host's own unless given. ``remap_ids``: the
-    proxy snapshotter is said to map the ids of user namespaces. ``sandbox`` (from 2.0 on): the image that pods run on.
-    With ``differ``, ``fusesnap-diff`` is asked for diffs first, on the same socket, and ``differ`` is what the transfer
-    service unpacks with.
+    ``ctr`` works in their namespace; with ``annotations`` those calls pass descriptions of their own on to the
+    snapshotter, for which 2.1 and later do without the transfer service. ``release`` is the host's own unless given.
+    ``remap_ids``: the proxy snapshotter is said to map the ids of user namespaces. ``sandbox`` (from 2.0 on): the image
+    that pods run on. With ``differ``, ``fusesnap-diff`` is asked for diffs first, on the same socket, and ``differ`` is
+    what the transfer service unpacks with.
     """
     work.mkdir(parents=True, exist_ok=True)
     release = release or Release.of()
-    (work / "containerd.toml").write_text(
-        _configuration(work, release, proxy, cri=cri, remap_ids=remap_ids, differ=differ)
-        + (PODS.format(image=sandbox, work=work) if sandbox else "")
-    )
+    text = configuration(work, release, proxy, cri=cri, remap_ids=remap_ids, differ=differ)
+    if cri:
+        text += cri_part(work, release, annotations=annotations)
     if sandbox:
-        _write_network(work / "cni")
+        text += pods_part(work, sandbox)
+        write_network(work / "cni")
+    (work / "containerd.toml").write_text(text)
     try:
         with _running(work, release, work / "containerd.log") as service:
             instance = Containerd(
@@ -391,35 +302,6 @@ def _running(work: Path, release: Release, log: Path) -> contextlib.AbstractCont
         work / "containerd.toml",
     ]
     return running(command, log=log, env=release.environment)
-
-
-def _configuration(
-    work: Path, release: Release, proxy: Path | None, *, cri: bool, remap_ids: bool, differ: str
-) -> str:
-    """What containerd.toml says. From 2.0 on it has version 3, in which CRI's plugins have other names."""
-    newer = release.major >= 2
-    disabled = [plugin for plugin in DISABLED if not (cri and plugin in CRI_PLUGINS)]
-    text = CONFIGURATION.format(
-        version=3 if newer else 2,
-        work=work,
-        disabled=", ".join(f'"{plugin}"' for plugin in disabled),
-    )
-    if proxy:
-        text += PROXY.format(name=SNAPSHOTTER, address=proxy) + REMAP_IDS * remap_ids
-        for name in (SNAPSHOTTER, "overlayfs"):
-            text += UNPACK.format(name=name, differ=differ or "walking")
-        if differ:
-            text += DIFF.format(name=DIFFER, address=proxy)
-    if cri:
-        text += (CRI_OF_VERSION_3 if newer else CRI).format(name=SNAPSHOTTER, work=work)
-    return text
-
-
-def _write_network(directory: Path) -> None:
-    directory.mkdir()
-    for name, text in NETWORK.items():
-        (directory / name).write_text(text)
-        (directory / name).chmod(0o755)
 
 
 def end_containers(work: Path) -> None:

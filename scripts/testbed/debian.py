@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from testbed.containerd import Release
+from testbed.containerd_configuration import Release
 from testbed.processes import CommandFailed, run
 from testbed.workplace import default_work
 

@@ -42,6 +42,10 @@ def commit(store: LocalStore, name: str) -> None:
         staged.commit()
 
 
+async def nothing() -> None:
+    """No mount has kept anything."""
+
+
 def there(store: LocalStore) -> set[str]:
     paths: list[StorePath] = [sample(name).path for name in ("used", "old", "new")]
     return {path.name for path in store.committed_among(paths)}
@@ -55,11 +59,11 @@ async def test_beyond_its_size_the_oldest_garbage_goes(
     store: LocalStore, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
-    assert (await collect(Collector(store, Store(**{"max-size": "3M"})))).paths == ()
-    await collect(Collector(store, Store(**{"max-size": "2M"})))
+    assert (await collect(Collector(store, Store(**{"max-size": "3M"}), nothing))).paths == ()
+    await collect(Collector(store, Store(**{"max-size": "2M"}), nothing))
     assert there(store) == {"used", "new"}
     assert "collected 1 store paths, 1048576 bytes" in caplog.text
-    strict = Collector(store, Store(**{"max-size": 1}))
+    strict = Collector(store, Store(**{"max-size": 1}), nothing)
     for _ in range(3):
         await collect(strict)
     assert there(store) == {"used"}
@@ -79,7 +83,7 @@ async def test_where_the_disk_has_too_little_room_garbage_goes(
     store: LocalStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "free_space", lambda directory: 10 * SIZE)
-    collector = Collector(store, Store(**{"min-free": "10M"}))
+    collector = Collector(store, Store(**{"min-free": "10M"}), nothing)
     assert (await collect(collector)).paths == ()
     monkeypatch.setattr(module, "free_space", lambda directory: 9 * SIZE)
     await collect(collector)
@@ -96,7 +100,7 @@ async def test_a_failure_is_told_and_the_next_look_comes(
         raise StorageFailure("no room", 28)
 
     monkeypatch.setattr(store, "size", fail)
-    collector = Collector(store, Store(**{"max-size": "2M", "check-every": 0.001}))
+    collector = Collector(store, Store(**{"max-size": "2M", "check-every": 0.001}), nothing)
     async with trio.open_nursery() as nursery:
         nursery.start_soon(collector.run)
         with trio.fail_after(60):
@@ -107,6 +111,14 @@ async def test_a_failure_is_told_and_the_next_look_comes(
     assert there(store) == {"used", "new"}
 
 
-async def test_without_limits_it_does_nothing(store: LocalStore) -> None:
-    await Collector(store, Store()).run()
+async def test_without_limits_it_only_lets_go_of_what_mounts_kept(store: LocalStore) -> None:
+    released = trio.Event()
+
+    async def release() -> None:
+        released.set()
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(Collector(store, Store(), release).run)
+        await released.wait()
+        nursery.cancel_scope.cancel()
     assert there(store) == {"used", "old", "new"}

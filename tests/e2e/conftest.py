@@ -17,7 +17,8 @@ from testbed.binary_cache import (
     signing_key,
     write_cache,
 )
-from testbed.containerd import Containerd, Release, containerd
+from testbed.containerd import Containerd, containerd
+from testbed.containerd_configuration import Release
 from testbed.fusesnap_daemon import FusesnapDaemon, Source, fusesnap_daemon
 from testbed.images import Layer, NixLayerManner, nix_layer, ordinary_layer, write_image
 from testbed.nix_store import NixStore, store_paths_list

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from testbed.binary_cache import HttpCache, SigningKey
+from testbed.containerd import Container
 from testbed.fusesnap_daemon import PROGRAM, Source, prefetch
 from testbed.images import Layer
 from testbed.nix_store import CONFIGURATION
@@ -36,7 +37,7 @@ def collect(node: Node, *options: str) -> dict[str, Any]:
 
 def committed(node: Node) -> set[str]:
     names = (path.name for path in (node.daemon.state / "layer/.fusesnap-store").iterdir())
-    return {f"/nix/store/{name}" for name in names if not name.startswith(".")}
+    return {f"/nix/store/{name}" for name in names if not name.endswith((".links", ".lock"))}
 
 
 def nix(node: Node, *words: str) -> set[str]:
@@ -46,37 +47,45 @@ def nix(node: Node, *words: str) -> set[str]:
     return set(said.split())
 
 
+def read(container: Container, path: str) -> str:
+    """A file as the container sees it."""
+    return (container.root() / path.removeprefix("/")).read_text()
+
+
 def remove_image(node: Node, reference: str) -> None:
     """Remove an image; containerd collects its snapshots then."""
     node.containerd.ctr("images", "rm", "--sync", reference)
 
 
 def test_an_image_keeps_its_closure_until_it_is_deleted(
-    node: Node,
+    make_node: NodeMaker,
     cache: HttpCache,
     simple: SimpleClosure,
     nix_layers: NixLayers,
     base_layer: Layer,
     key: SigningKey,
+    work: Path,
 ) -> None:
+    (work / "often.toml").write_text("[store]\ncheck-every = 0.1\n")
+    node = make_node(cache.url, options=["--config", str(work / "often.toml")])
     closure = set(simple.closure.paths)
     other, reference = node.pull([base_layer]), node.pull([base_layer, nix_layers()])
     # Cold: what is committed is not valid, and real Nix collects nothing of it either.
     with node.containerd.started(reference, "cold", "/bin/sleep", "1000") as cold:
-        cold.execute("/bin/cat", f"{simple.tree}/self")
+        read(cold, f"{simple.tree}/self")
         before = committed(node)
         assert before < closure
         assert collect(node)["removed"] == []
         nix(node, "--gc")
-        assert committed(node) == before
-        assert cold.execute("/bin/cat", f"{simple.tree}/wide/file-7") == "7\n"
+        assert before <= committed(node) < closure
+        assert read(cold, f"{simple.tree}/wide/file-7") == "7\n"
     prefetch(node.daemon.state, [simple.root], source=Source([cache.url], [key.public]))
     assert collect(node)["removed"] == []
     with node.containerd.started(reference, "warm", "/bin/sleep", "1000") as warm:
         remove_image(node, reference)  # the container's snapshot needs it still
         assert collect(node)["removed"] == []
         assert closure <= nix(node, "--gc", "--print-live")
-        assert warm.execute("/bin/cat", simple.text) == "a text that is its own address\n"
+        assert read(warm, simple.text) == "a text that is its own address\n"
     remove_image(node, other)  # containerd collects what the container has left, too
     node.daemon.service.wait_until(lambda: collect(node, "--dry-run")["freed"] > 0)
     would = collect(node, "--dry-run")
@@ -110,13 +119,15 @@ def test_the_daemon_keeps_the_store_within_its_limit(
     reference = node.pull([base_layer, nix_layers()])
     with node.containerd.started(reference, "one", "/bin/sleep", "1000") as container:
         # In use, it may be beyond the limit; what nobody needs goes, while the container reads.
-        container.execute("/bin/wc", "-c", f"{simple.large}/data")
+        assert (container.root() / simple.large[1:] / "data").stat().st_size == 5_000_000
         prefetch(node.daemon.state, [list_path], source=Source([cache.url], [key.public]))
         assert simple.large in committed(node)
         node.daemon.service.wait_until(lambda: list_path not in committed(node))
         assert simple.large in committed(node)
-        assert container.execute("/bin/cat", f"{simple.tree}/wide/file-7") == "7\n"
-    assert "all that is left is in use" in node.daemon.service.log_text()
+        assert read(container, f"{simple.tree}/wide/file-7") == "7\n"
+    node.daemon.service.wait_until(
+        lambda: "all that is left is in use" in node.daemon.service.log_text()
+    )
     remove_image(node, reference)
     node.daemon.service.wait_until(lambda: node.daemon.status()["store"]["size"] <= 1 << 20)
 
@@ -126,10 +137,10 @@ def test_a_path_that_vanishes_under_a_cold_container_is_fetched_again(
 ) -> None:
     reference = node.pull([base_layer, nix_layers()])
     with node.containerd.started(reference, "one", "/bin/sleep", "1000") as container:
-        assert container.execute("/bin/cat", f"{simple.tree}/self").startswith("this path is")
+        assert read(container, f"{simple.tree}/self").startswith("this path is")
         name = Path(simple.tree).name
         run(["rm", "-r", node.daemon.state / "layer/.fusesnap-store" / name])
-        assert container.execute("/bin/cat", f"{simple.tree}/wide/file-7") == "7\n"
+        assert read(container, f"{simple.tree}/wide/file-7") == "7\n"
         assert simple.tree in committed(node)
 
 

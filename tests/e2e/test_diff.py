@@ -20,7 +20,8 @@ import pytest
 import zstandard
 from google.protobuf.timestamp_pb2 import Timestamp
 from testbed.binary_cache import HttpCache
-from testbed.containerd import DIFFER, Container
+from testbed.containerd import Container
+from testbed.containerd_configuration import DIFFER
 from testbed.debian import containerd_release
 from testbed.images import (
     OPAQUE,

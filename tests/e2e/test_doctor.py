@@ -13,14 +13,13 @@ from typing import Any
 import grpc
 import pytest
 from testbed.binary_cache import CacheFiles, SigningKey, http_cache
-from testbed.containerd import (
+from testbed.containerd import Containerd, end_containers
+from testbed.containerd_configuration import (
     CRI_NAMESPACE,
     CRI_PLUGINS,
     DISABLED,
     SNAPSHOTTER,
-    Containerd,
     Release,
-    end_containers,
 )
 from testbed.debian import CONTAINERDS, containerd_release
 from testbed.fusesnap_daemon import PROGRAM, FusesnapDaemon, Source, fusesnap_daemon

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import grpc
 from testbed.binary_cache import HttpCache
-from testbed.containerd import Release, cgroup_name
+from testbed.containerd import cgroup_name
+from testbed.containerd_configuration import Release
 from testbed.debian import containerd_release, newest_runc
 from testbed.images import Layer, write_image
 from testbed.registry import Registry

@@ -20,6 +20,11 @@ from testbed.registry import Registry
 from testbed.synthetic import SimpleClosure
 
 from fusesnap.services.api import mount_pb2, snapshots_pb2, snapshots_pb2_grpc
+from fusesnap.services.api.snapshots_pb2 import (
+    MountsRequest,
+    PrepareSnapshotRequest,
+    ViewSnapshotRequest,
+)
 
 from .conftest import Node
 from .cri import cri_pull
@@ -30,14 +35,16 @@ NixLayers = Callable[..., Layer]
 class Way(Enum):
     """Who unpacks, and on whose behalf.
 
-    CLIENT    ctr itself; it passes no labels on, so a Nix layer is known by its content
-    TRANSFER  containerd's transfer service, for ctr
-    CRI       containerd, for a kubelet
+    CLIENT        ctr itself; it passes no labels on, so a Nix layer is known by its content
+    TRANSFER      the transfer service, for ctr
+    CRI           the part of containerd that kubelets talk to
+    CRI_TRANSFER  the transfer service, for that part
     """
 
     CLIENT = "client"
     TRANSFER = "transfer"
     CRI = "cri"
+    CRI_TRANSFER = "cri-transfer"
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +69,16 @@ CASES = [
     Case("2", Way.TRANSFER, NixLayerManner.CLOSURE),
     Case("2", Way.TRANSFER, NixLayerManner.PATHS),
     Case("2", Way.CRI, NixLayerManner.PATHS),
+    Case("2", Way.CRI_TRANSFER, NixLayerManner.PATHS),
 ]
+
+
+# The calls that are answered with mounts, in messages of one form.
+REQUESTS: dict[str, type[PrepareSnapshotRequest | ViewSnapshotRequest | MountsRequest]] = {
+    "Prepare": PrepareSnapshotRequest,
+    "View": ViewSnapshotRequest,
+    "Mounts": MountsRequest,
+}
 
 
 @pytest.fixture(params=CASES, ids=str)
@@ -90,7 +106,7 @@ class Site:
     def obtain(self, layers: list[Layer], command: list[str]) -> str:
         """Make an image and have it unpacked; returns its reference."""
         reference = self.node.push(layers, command)
-        if self.way is Way.CRI:
+        if self.way in (Way.CRI, Way.CRI_TRANSFER):
             cri_pull(self.node, reference)
         elif self.way is Way.TRANSFER and self.containerd.release.major < 2:
             # The transfer service of 1.7 fetches from registries with TLS alone, but imports archives.
@@ -115,7 +131,11 @@ def site(
         fusesnap_daemon(work / "s", source=source, options=options) as daemon,
         recorder(work / "recorder.sock", daemon.address) as between,
         containerd(
-            work / "c", proxy=between.address, cri=case.way is Way.CRI, release=release
+            work / "c",
+            proxy=between.address,
+            cri=case.way in (Way.CRI, Way.CRI_TRANSFER),
+            annotations=case.way is Way.CRI,
+            release=release,
         ) as client,
     ):
         yield Site(Node(client, daemon, image_registry, work), between, case.way)
@@ -181,7 +201,7 @@ def looked_at(site: Site) -> None:
     """containerd's other calls, for every image: a view of it, its mounts asked again, labels, usage."""
     name, metadata = (
         site.containerd.snapshotter,
-        [("containerd-namespace", site.containerd.namespace)],
+        (("containerd-namespace", site.containerd.namespace),),
     )
     with grpc.insecure_channel(f"unix:{site.containerd.address}") as channel:
         stub = snapshots_pb2_grpc.SnapshotsStub(channel)
@@ -189,11 +209,9 @@ def looked_at(site: Site) -> None:
         for parent in [info.name for each in lists for info in each.info]:
             # Without that label containerd may collect it at any moment.
             labels = {"containerd.io/gc.root": "now"}
-            view = snapshots_pb2.ViewSnapshotRequest(
-                snapshotter=name, key="look", parent=parent, labels=labels
-            )
+            view = ViewSnapshotRequest(snapshotter=name, key="look", parent=parent, labels=labels)
             shown = stub.View(view, metadata=metadata).mounts
-            mounts = snapshots_pb2.MountsRequest(snapshotter=name, key="look")
+            mounts = MountsRequest(snapshotter=name, key="look")
             assert stub.Mounts(mounts, metadata=metadata).mounts == shown
             usage = snapshots_pb2.UsageRequest(snapshotter=name, key=parent)
             assert stub.Usage(usage, metadata=metadata).inodes > 0
@@ -234,24 +252,19 @@ def assert_mounts_are_single(answers: list[Answer]) -> None:
     read-only answer to Prepare for a layer that is there already, which they then neither fetch nor unpack
     (``core/unpack/unpacker.go``, ``isStaged``).
     """
-    types = {
-        "Prepare": (snapshots_pb2.PrepareSnapshotRequest, snapshots_pb2.PrepareSnapshotResponse),
-        "View": (snapshots_pb2.ViewSnapshotRequest, snapshots_pb2.ViewSnapshotResponse),
-        "Mounts": (snapshots_pb2.MountsRequest, snapshots_pb2.MountsResponse),
-    }
-    views: set[str] = set()
+    views = set()
     seen = set()
     for answer in answers:
-        if answer.method in types:
-            request, response = types[answer.method]
-            key = request.FromString(answer.request).key
-            (mount,) = response.FromString(answer.response).mounts
-            if answer.method == "View":
-                views.add(key)
-            assert read_only(mount) == (key in views), (answer.method, key, mount)
-            seen.add((answer.method, mount.type))
+        if answer.method not in REQUESTS:
+            continue
+        key = REQUESTS[answer.method].FromString(answer.request).key
+        (mount,) = snapshots_pb2.MountsResponse.FromString(answer.response).mounts
+        if answer.method == "View":
+            views.add(key)
+        assert read_only(mount) == (key in views), (answer.method, key, mount)
+        seen.add((answer.method, mount.type))
     assert seen >= {("Prepare", "bind"), ("Prepare", "overlay"), ("View", "overlay")}
-    assert {method for method, _ in seen} == set(types)
+    assert {method for method, _ in seen} == REQUESTS.keys()
 
 
 def read_only(mount: mount_pb2.Mount) -> bool:

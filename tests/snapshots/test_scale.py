@@ -202,10 +202,10 @@ async def test_many_at_once_look_once_at_a_busy_store(
     monkeypatch.setattr(bench.store, "committed_among", committed_among)
     async with trio.open_nursery() as nursery:
         for _ in range(100):
-            nursery.start_soon(bench.snapshotter._views.plan, chain, [])
+            nursery.start_soon(bench.snapshotter._answers.views.plan, chain, [])
     at_once = len(looks)
     assert 1 <= at_once <= 2
-    await bench.snapshotter._views.plan(chain, [])
+    await bench.snapshotter._answers.views.plan(chain, [])
     assert len(looks) == at_once + 1
 
 

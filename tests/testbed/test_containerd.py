@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from testbed.containerd import Release, containerd, shim_sockets, shims
+from testbed.containerd import containerd, shim_sockets, shims
+from testbed.containerd_configuration import Release
 from testbed.debian import CONTAINERDS, containerd_release
 from testbed.images import ordinary_layer, store_paths_layer, write_image
 from testbed.nix_store import NixStore
