@@ -19,6 +19,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
+import struct
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from typing import BinaryIO, Final
 
 from fusesnap.errors import NotOurs
 from fusesnap.snapshots.farms import REDIRECT_XATTR
+from fusesnap.snapshots.id_mapping import IdMapping
 from fusesnap.snapshots.layer_content import OPAQUE_XATTR, is_whiteout
 
 CAPABILITY_XATTR: Final = "security.capability"
@@ -37,6 +39,9 @@ _OPEN_DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLO
 # Without O_NONBLOCK a pipe that has taken a file's place would hold us.
 _OPEN_FILE: Final = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 _COMPARED: Final = 1 << 16
+# include/uapi/linux/capability.h: revision 3 of struct vfs_cap_data ends with the root's id, revision 2 has none.
+_CAPABILITY: Final = struct.Struct("<I16sI")
+_REVISION, _REVISION_2, _REVISION_3 = 0xFF00_0000, 0x0200_0000, 0x0300_0000
 _NO_ATTRIBUTE: Final = {errno.ENODATA, errno.ENOTSUP}
 
 
@@ -50,10 +55,14 @@ class ChangeKind(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """Something that the newer state has; ``path`` is relative to its root, and ``parent`` is ``None`` there."""
+    """Something that the newer state has; ``path`` is relative to its root, and ``parent`` is ``None`` there.
+
+    ``owner``: user and group as the container sees them.
+    """
 
     path: bytes
     status: os.stat_result
+    owner: tuple[int, int]
     capability: bytes
     parent: Found | None
 
@@ -87,6 +96,27 @@ class Change:
         return os.readlink(_name(self.path), dir_fd=self.directory)
 
 
+@dataclass(frozen=True, slots=True)
+class _View:
+    """How an upper directory is to be read."""
+
+    overlay: bool
+    ids: IdMapping | None
+
+    def owner(self, status: os.stat_result) -> tuple[int, int]:
+        owner = status.st_uid, status.st_gid
+        return owner if self.ids is None else self.ids.inside(*owner)
+
+    def capability(self, value: bytes) -> bytes:
+        """Capabilities without the root of the user namespace that they are for, as the container set them."""
+        if self.ids is None or len(value) != _CAPABILITY.size:
+            return value
+        magic, sets, root = _CAPABILITY.unpack(value)
+        if magic & _REVISION != _REVISION_3 or root != self.ids.root[0]:
+            return value
+        return struct.pack("<I16s", magic - _REVISION_3 + _REVISION_2, sets)
+
+
 class _Level:
     """A directory of the newer state that is being walked, and the older state's at the same path.
 
@@ -109,33 +139,34 @@ class _Level:
         if self._below is not None:
             os.close(self._below)
 
-    def next(self, *, overlay: bool) -> tuple[Change | None, _Level | None] | None:
+    def next(self, view: _View) -> tuple[Change | None, _Level | None] | None:
         """What is at the next name, and the level that it leads to; ``None`` at the end."""
         name = next(self._names, None)
         if name is None:
             return None
         path = name if self._found is None else self._found.path + b"/" + name
         old = _status(name, self._below)
-        found = self._find(name, path, overlay=overlay)
+        found = self._find(name, path, view)
         if found is None:
             gone = Change(ChangeKind.DELETED, path, self._found, None, self._upper)
             return None if old is None else gone, None
         kind = self._kind(name, found, old)
         change = None if kind is None else Change(kind, path, self._found, found, self._upper)
-        return change, self._enter(name, found, old, overlay=overlay)
+        return change, self._enter(name, found, old, view)
 
-    def _find(self, name: bytes, path: bytes, *, overlay: bool) -> Found | None:
+    def _find(self, name: bytes, path: bytes, view: _View) -> Found | None:
         status = _status(name, self._upper)
-        if status is None or (overlay and is_whiteout(status)):
+        if status is None or (view.overlay and is_whiteout(status)):
             return None
         capability = b""
         place = _place(self._upper, name)
         attributes = os.listxattr(place, follow_symlinks=False)
-        if overlay and (METACOPY_XATTR in attributes or REDIRECT_XATTR in attributes):
+        if view.overlay and (METACOPY_XATTR in attributes or REDIRECT_XATTR in attributes):
             raise NotOurs(f"{os.fsdecode(path)}: the upper directory does not hold all of it")
         if CAPABILITY_XATTR in attributes:
             capability = os.getxattr(place, CAPABILITY_XATTR, follow_symlinks=False)
-        return Found(path, status, capability, self._found)
+        owner = view.owner(status)
+        return Found(path, status, owner, view.capability(capability), self._found)
 
     def _kind(self, name: bytes, found: Found, old: os.stat_result | None) -> ChangeKind | None:
         if old is None or not self._is_same(name, found, old):
@@ -145,10 +176,9 @@ class _Level:
     def _is_same(self, name: bytes, found: Found, old: os.stat_result) -> bool:
         new = found.status
         assert self._below is not None  # noqa: S101  # there is something old
-        if (new.st_mode, new.st_uid, new.st_gid, new.st_rdev) != (
+        if (new.st_mode, found.owner, new.st_rdev) != (
             old.st_mode,
-            old.st_uid,
-            old.st_gid,
+            (old.st_uid, old.st_gid),
             old.st_rdev,
         ) or found.capability != _capability(_place(self._below, name)):
             return False
@@ -173,14 +203,14 @@ class _Level:
         return False
 
     def _enter(
-        self, name: bytes, found: Found, old: os.stat_result | None, *, overlay: bool
+        self, name: bytes, found: Found, old: os.stat_result | None, view: _View
     ) -> _Level | None:
         if not found.is_directory:
             return None
         below = None
         upper = os.open(name, _OPEN_DIRECTORY, dir_fd=self._upper)
         try:
-            hides = self._hides or (overlay and _is_opaque(upper, found.path))
+            hides = self._hides or (view.overlay and _is_opaque(upper, found.path))
             if old is not None and stat.S_ISDIR(old.st_mode):
                 below = os.open(name, _OPEN_DIRECTORY, dir_fd=self._below)
             return _Level(upper, below, found, hides=hides)
@@ -191,17 +221,21 @@ class _Level:
             raise
 
 
-def changes(upper: int, below: int | None, *, overlay: bool) -> Iterator[Change]:
+def changes(
+    upper: int, below: int | None, *, overlay: bool, ids: IdMapping | None = None
+) -> Iterator[Change]:
     """What the open directory ``upper`` changes of ``below``, which shows the older state; ``None`` is an empty one.
 
-    ``overlay``: ``upper`` is written as overlayfs writes it; otherwise it is the newer state as it is. Both descriptors
-    stay the caller's. Raises ``OSError``, and ``NotOurs`` where ``upper`` alone does not say what changed.
+    ``overlay``: ``upper`` is written as overlayfs writes it; otherwise it is the newer state as it is. ``ids``: it
+    was written in a user namespace, above what is mapped into it. Both descriptors stay the caller's. Raises
+    ``OSError``, and ``NotOurs`` where ``upper`` alone does not say what changed.
     """
+    view = _View(overlay, ids)
     older = None if below is None else os.dup(below)
     levels = [_Level(os.dup(upper), older, None, hides=not overlay)]
     try:
         while levels:
-            step = levels[-1].next(overlay=overlay)
+            step = levels[-1].next(view)
             if step is None:
                 levels.pop().close()
                 continue

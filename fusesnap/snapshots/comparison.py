@@ -19,15 +19,19 @@ from typing import Final
 
 from fusesnap.errors import NotOurs
 from fusesnap.snapshots.changes import changes
-from fusesnap.snapshots.interface import Mount
+from fusesnap.snapshots.id_mapping import IdMapping
+from fusesnap.snapshots.interface import Info, Mount
 from fusesnap.snapshots.layer_tar import LayerTar
 from fusesnap.snapshots.metastore import Metastore
+from fusesnap.snapshots.mountinfo import IDMAPPED_NAME
 from fusesnap.store.storage_errors import storage
 
 # include/uapi/linux/mount.h
 MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC, MNT_DETACH = 1, 2, 4, 8, 2
 
-_LAYER: Final = re.compile(r"[0-9]+/(fs|base)")
+# Of the state directory: image layers, and an idmapped clone of it (see ``idmapped``).
+_LAYER: Final = re.compile(r"snapshots/[0-9]+/(fs|base)")
+_CLONE: Final = re.compile(rf"{IDMAPPED_NAME}/[0-9]+/(?:state/|(?=lazy/))")
 _LOWER: Final = "lowerdir="
 _UPPER: Final = "upperdir="
 # Of the state directory: what is above the image layers in a mount.
@@ -40,11 +44,16 @@ _PATH: Final = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """``layer`` is what ``below`` does not have. ``overlay``: it is written as overlayfs writes an upper directory."""
+    """``layer`` is what ``below`` does not have.
+
+    ``overlay``: it is written as overlayfs writes an upper directory. ``mapped``: it is the upper directory of a
+    container with a user namespace, and the layers below it are mapped into that.
+    """
 
     layer: Path
     below: Mount | None
     overlay: bool
+    mapped: bool = False
 
 
 class Comparer:
@@ -68,7 +77,9 @@ class Comparer:
 
     def comparison(self, left: Sequence[Mount], right: Sequence[Mount]) -> Comparison:
         """What is to be compared. Raises ``NotOurs`` for other mounts than those that we answer with."""
-        older, newer = self._image_layers(left), self._image_layers(right)
+        (older, older_mapped), (newer, mapped) = self._image_layers(left), self._image_layers(right)
+        if older_mapped:
+            raise NotOurs("the older state is mapped into a user namespace")
         if len(older) == 1 and older[0] not in newer and _is_empty(older[0]):
             older = ()  # a view without a parent
         own = newer[: len(newer) - len(older)]
@@ -80,39 +91,57 @@ class Comparer:
         ):
             raise NotOurs("the mounts are not those of a snapshot and of its parent")
         layer = Path(own[0])
-        return Comparison(layer, left[0] if older else None, right[0].type == "overlay")
+        below = left[0] if older else None
+        return Comparison(layer, below, right[0].type == "overlay", mapped)
 
     def namespace(self, comparison: Comparison) -> str:
         """containerd's namespace that the layer is of: the first part of its snapshot's key. Raises ``NotOurs``."""
-        id_ = int(comparison.layer.parent.name)
-        with self._metastore.reading() as transaction:
-            keys = [one.info.name for one in transaction.snapshots() if one.id == id_]
-        namespace, slash, _ = keys[0].partition("/") if keys else ("", "", "")
+        namespace, slash, _ = self._info(comparison).name.partition("/")
         if not slash:
             raise NotOurs(f"{comparison.layer}: expected a snapshot in a namespace of containerd's")
         return namespace
 
+    def _ids(self, comparison: Comparison) -> IdMapping:
+        ids = IdMapping.of_labels(self._info(comparison).labels)
+        if ids is None:
+            raise NotOurs(f"{comparison.layer}: expected labels that say how its ids are mapped")
+        return ids
+
+    def _info(self, comparison: Comparison) -> Info:
+        id_ = int(comparison.layer.parent.name)
+        with self._metastore.reading() as transaction:
+            for snapshot in transaction.snapshots():
+                if snapshot.id == id_:
+                    return snapshot.info
+        raise NotOurs(f"{comparison.layer}: no snapshot has it")
+
     def layer_tar(self, comparison: Comparison, latest: int | None) -> Iterator[bytes]:
         """The layer, as an archive; ``latest`` as for :class:`LayerTar`. Raises ``StorageFailure``, ``NotOurs``."""
+        ids = self._ids(comparison) if comparison.mapped else None
         with ExitStack() as stack, storage("compare", comparison.layer):
             upper = os.open(comparison.layer, _OPEN)
             stack.callback(os.close, upper)
             below = None
             if comparison.below is not None:
                 below = stack.enter_context(self._opened(comparison.below))
-            yield from LayerTar(latest).pieces(changes(upper, below, overlay=comparison.overlay))
+            found = changes(upper, below, overlay=comparison.overlay, ids=ids)
+            yield from LayerTar(latest).pieces(found)
 
-    def _image_layers(self, mounts: Sequence[Mount]) -> tuple[str, ...]:
-        """The image layers that the mounts show, topmost first. Raises ``NotOurs``."""
-        snapshots = f"{self._root}/snapshots/"
+    def _image_layers(self, mounts: Sequence[Mount]) -> tuple[tuple[str, ...], bool]:
+        """The image layers that the mounts show, topmost first, and whether they are mapped. Raises ``NotOurs``."""
         layers = []
+        mapped = any(word.startswith(_MAPPED) for mount in mounts for word in mount.options)
         for directory in _directories(mounts):
-            relative = directory.removeprefix(snapshots)
+            relative = directory.removeprefix(f"{self._root}/")
+            clone = _CLONE.match(relative)
+            if clone is not None:
+                relative = relative[clone.end() :]
             if relative != directory and _LAYER.fullmatch(relative):
-                layers.append(directory)
-            elif not f"{directory}/".startswith(tuple(f"{self._root}/{name}" for name in _STORE)):
+                layers.append(f"{self._root}/{relative}")
+                mapped |= clone is not None
+            elif not f"{relative}/".startswith(_STORE):
                 raise NotOurs(f"{directory}: not a directory of ours")
-        return tuple(layers)
+        return tuple(layers), mapped
 
     @contextmanager
     def _opened(self, mount: Mount) -> Iterator[int]:
@@ -145,8 +174,6 @@ def _directories(mounts: Sequence[Mount]) -> Sequence[str]:
     mount = mounts[0]
     if len(mounts) > 1 or mount.type not in ("bind", "overlay"):
         raise NotOurs("expected one mount, a bind mount or an overlay")
-    if any(word.startswith(_MAPPED) for word in mount.options):
-        raise NotOurs("the mount maps user ids, and so would all that is shown")
     if mount.type == "bind":
         return (mount.source,)
     upper = [word.removeprefix(_UPPER) for word in mount.options if word.startswith(_UPPER)]

@@ -18,6 +18,7 @@ UID_LABEL: Final = "containerd.io/snapshot/uidmapping"
 GID_LABEL: Final = "containerd.io/snapshot/gidmapping"
 
 NO_ID: Final = 2**32 - 1  # the kernel's "no such id"
+OVERFLOW_ID: Final = 65_534  # what the kernel shows of ids without a mapping
 USUAL_LENGTH: Final = 65_536  # ids of 16 bits, as everybody maps them
 
 _RANGE: Final = re.compile(r"([0-9]{1,10}):([0-9]{1,10}):([0-9]{1,10})")
@@ -62,6 +63,10 @@ class IdMapping:
         """User and group of the host that the container's root is."""
         return _outside_of_root(self.uids), _outside_of_root(self.gids)
 
+    def inside(self, uid: int, gid: int) -> tuple[int, int]:
+        """User and group as the container sees them."""
+        return _inside(self.uids, uid), _inside(self.gids, gid)
+
     @property
     def options(self) -> tuple[str, str]:
         """As containerd 2 wants it said in a mount: it maps the layers of the overlay before it mounts it."""
@@ -89,6 +94,13 @@ def _range(label: str, text: str) -> IdRange:
 
 def _outside_of_root(ranges: tuple[IdRange, ...]) -> int:
     return next(each.outside for each in ranges if each.inside == 0)
+
+
+def _inside(ranges: tuple[IdRange, ...], outside: int) -> int:
+    for each in ranges:
+        if 0 <= outside - each.outside < each.length:
+            return outside - each.outside + each.inside
+    return OVERFLOW_ID
 
 
 def _written(ranges: tuple[IdRange, ...]) -> str:

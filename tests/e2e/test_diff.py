@@ -35,6 +35,7 @@ from testbed.images import (
     Pipe,
     ordinary_layer,
 )
+from testbed.processes import run
 from testbed.synthetic import SimpleClosure
 
 from fusesnap.services.api import (
@@ -56,6 +57,7 @@ TAR = "application/vnd.oci.image.layer.v1.tar"
 LONG = "a-name-of-many-bytes-" * 11
 # A version 2 capability, cap_net_raw=ep (include/uapi/linux/capability.h).
 CAPABILITY = struct.pack("<5I", 0x02000001, 1 << 13, 0, 0, 0)
+MAPPING = ("--uidmap", "0:100000:65536", "--gidmap", "0:200000:65536")
 LARGE = 5_000_000  # bytes of the closure's large file
 NAMESPACE = (("containerd-namespace", "default"),)
 
@@ -342,6 +344,37 @@ def test_the_layers_of_images_are_containerds_own_in_every_compression(
                 TAR + ending,
                 f"sha256:{hashlib.sha256(more).hexdigest()}",
             )
+
+
+def test_a_container_with_a_user_namespace_changes_what_it_would_change_without(
+    make_node: NodeMaker,
+    cache: HttpCache,
+    simple: SimpleClosure,
+    nix_layers: NixLayers,
+    base_layer: Layer,
+) -> None:
+    release = containerd_release("2")
+    node = make_node(cache.url, release=release, differ="walking", remap_ids=True)
+    node.work.chmod(0o711)  # runc goes to the container's root as the container's root
+    reference = node.pull([base_layer, nix_layers()])
+    script = f"""
+        ls -l /nix/store  # waits for single files, which are on their way
+        echo mine > /mine; chown 1000:7 /mine; mkdir /tmp/d; echo changed > /etc/hostname
+        chmod u+w {simple.root}/bin; rm {simple.root}/bin/cat; ln -s x {simple.root}/bin/new; rm {simple.file}
+    """
+    layers = []
+    for name, mapping in (("plain", ()), ("mapped", (*MAPPING, "--remap-labels"))):
+        argv = ("/bin/sh", "-c", f"{script} touch /done; exec sleep 1000")
+        options = ("--detach", *mapping)
+        run(node.containerd.run_command(reference, name, *argv, options=options))
+        done = Container(node.containerd, name, node.work / "log").root() / "done"
+        node.daemon.service.wait_until(done.exists)
+        cache.clear_requests()
+        layers.append(members(diff_of(node, name, "--media-type", TAR)))
+        assert cache.requests() == []
+        node.containerd.remove(name)
+    assert layers[0] == layers[1]
+    assert layers[1]["mine"][2:4] == (1000, 7)
 
 
 def test_the_walking_differ_of_1_6_reads_no_contents(

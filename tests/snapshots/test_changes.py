@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import stat
+import struct
 import tarfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ import pytest
 
 from fusesnap.errors import FailedPrecondition, NotOurs
 from fusesnap.snapshots.changes import ChangeKind, changes
+from fusesnap.snapshots.id_mapping import IdMapping, IdRange
 from fusesnap.snapshots.layer_tar import PIECE, LayerTar
 
 DELETED, LINKED, WRITTEN = ChangeKind.DELETED, ChangeKind.LINKED, ChangeKind.WRITTEN
@@ -107,6 +109,30 @@ def test_mode_owner_and_capabilities_are_changes_and_a_directorys_time_is_none(
     for name in ("mode", "owner", "capable"):
         os.utime(upper / name, (1, 1))
     assert found(upper, below) == [(WRITTEN, name) for name in ("capable", "mode", "owner")]
+
+
+def test_ids_and_capabilities_are_those_that_a_user_namespace_shows(
+    upper: Path, below: Path
+) -> None:
+    ids = IdMapping((IdRange(0, 1000, 10), IdRange(20, 5000, 10)), (IdRange(0, 2000, 10),))
+    for name, owner in (("same", (1000, 2000)), ("mine", (5003, 2004)), ("nobodys", (0, 0))):
+        os.chown(write(upper / name), *owner)
+    write(below / "same")
+    os.utime(upper / "same", (1, 1))
+    for name, root in (("mine", 1000), ("nobodys", 7)):
+        capability = struct.pack("<I16sI", 0x0300_0001, bytes(16), root)
+        os.setxattr(upper / name, "security.capability", capability)
+    with opened(upper) as new, opened(below) as old:
+        found = {
+            change.path: (
+                change.found.owner,
+                change.found.capability[3],
+                len(change.found.capability),
+            )
+            for change in changes(new, old, overlay=True, ids=ids)
+            if change.found is not None
+        }
+    assert found == {b"mine": ((23, 4), 2, 20), b"nobodys": ((65534, 65534), 3, 24)}
 
 
 def test_what_has_gone_is_said_once_and_only_if_it_was_there(upper: Path, below: Path) -> None:

@@ -138,10 +138,16 @@ async def test_other_mounts_are_left_to_others(
         (one, [foreign]),
         (one, [device]),
         (one, [*two, *two]),
-        (one, [Mount(two[0].type, two[0].source, (*two[0].options, "uidmap=0:1:1"))]),
+        ([mapped(one[0])], two),
     ):
         with pytest.raises(NotOurs):
             comparer.comparison(left, right)
+    with pytest.raises(NotOurs, match="labels"):
+        members(comparer, one, [mapped(two[0])])
+
+
+def mapped(mount: Mount) -> Mount:
+    return Mount(mount.type, mount.source, (*mount.options, "uidmap=0:1:1", "gidmap=0:1:1"))
 
 
 async def test_a_snapshots_key_begins_with_containerds_namespace(
