@@ -43,9 +43,10 @@ Launch = Callable[[], tuple[list[str], tuple[int, ...]]]  # the command, and the
 
 
 def log(message: str) -> None:
-    """A line for the journal."""
-    sys.stderr.write(f"fusesnap supervisor: {message}\n")
-    sys.stderr.flush()
+    """A line for the journal. That nobody reads it, or the disk is full, must not end what holds the mount."""
+    with contextlib.suppress(OSError):
+        sys.stderr.write(f"fusesnap supervisor: {message}\n")
+        sys.stderr.flush()
 
 
 def spawn(command: list[str], descriptors: tuple[int, ...], output: int = -1) -> int:

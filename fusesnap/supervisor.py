@@ -15,6 +15,7 @@ Two workers never read at once: a read of /dev/fuse blocks where the other was q
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import select
@@ -55,7 +56,7 @@ class Supervisor:
         self.memory = -1  # what is stored beside the FUSE descriptor
         self.lock: DaemonLock
         self.reloads = 0
-        self.announced = self.failed = False
+        self.announced = self.failed = self.has_served = False
         self.check: Check | None = None
         self.worker = Child(
             "worker", self.launch_worker, float(given["watchdog"]), self.switch, self.listen,
@@ -114,6 +115,7 @@ class Supervisor:
     def take_over(self, handed: Handover) -> None:
         """Be what the program before this one in our process was. Its children serve until ours are loaded."""
         self.lock, self.reloads = DaemonLock(handed.lock), handed.generation
+        self.has_served = True
         self.adopt(handed)
         self.store()
         named = {child.name: child for child in self.children}
@@ -206,9 +208,12 @@ class Supervisor:
         return signals
 
     def give_up(self) -> None:
-        """End where a child has said, before the daemon ever served, that it cannot: somebody waits for an answer."""
+        """End where a child has said, before the daemon ever served, that it cannot: somebody waits for an answer.
+
+        Later, also after a reload, readers would lose the mount by that: then it is tried again and again.
+        """
         for child in self.children:
-            if child.refused and child.old is None and not self.announced:
+            if child.refused and not self.has_served:
                 raise SystemExit(child.refused)
 
     def mount_again(self) -> None:
@@ -227,10 +232,11 @@ class Supervisor:
         if self.announced:
             return
         if all(child.serves and child.old is None for child in self.children):
-            self.announced = True
+            self.announced = self.has_served = True
             said = f"serving {self.address} from {self.root}"
-            sys.stdout.write(f"ready: {said}\n")
-            sys.stdout.flush()
+            with contextlib.suppress(OSError):  # whoever started us need not listen
+                sys.stdout.write(f"ready: {said}\n")
+                sys.stdout.flush()
             self.manager.say("READY=1", f"STATUS={said}")
             self.lock.tell(self.reloads, "serving")
             return

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 from testbed.fusesnap_daemon import PROGRAM, FusesnapDaemon, Source, fusesnap_daemon
 from testbed.processes import run, run_unchecked, running, wait_for_process
 from testbed.workplace import run_directory
+
+from fusesnap.daemon_lock import running_daemon
 
 from .reader import PATIENCE, Reader, reading, wait_until
 
@@ -59,10 +63,10 @@ def reader(daemon: FusesnapDaemon, tmp_path: Path) -> Iterator[Reader]:
 
 def pid_of(daemon: FusesnapDaemon, part: str) -> int | None:
     """The part's process, if it can be known now."""
-    status = run_unchecked([PROGRAM, "status", "--json", "--address", daemon.address])
-    if status.returncode:
+    said = run_unchecked([PROGRAM, "status", "--json", "--address", daemon.address])
+    if said.returncode:
         return None
-    found: int | None = daemon.status()[part]["pid"]
+    found: int | None = json.loads(said.stdout).get(part, {}).get("pid")
     return found
 
 
@@ -71,10 +75,15 @@ def is_replaced(daemon: FusesnapDaemon, part: str, pid: int | None) -> bool:
 
 
 def serving(daemon: FusesnapDaemon, part: str = "worker") -> int:
-    wait_until(lambda: is_replaced(daemon, part, None))
-    found = pid_of(daemon, part)
-    assert found is not None
-    return found
+    found: list[int | None] = []
+
+    def known() -> bool:
+        found.append(pid_of(daemon, part))
+        return found[-1] is not None
+
+    wait_until(known)
+    assert found[-1] is not None
+    return found[-1]
 
 
 def is_mounted(state: Path) -> bool:
@@ -131,11 +140,36 @@ def test_a_reload_replaces_everything_but_the_mount(
 
 
 def test_sighup_reloads_too_and_many_times(daemon: FusesnapDaemon, reader: Reader) -> None:
-    for _ in range(3):
+    for count in range(1, 4):
         worker = serving(daemon)
         os.kill(daemon.service.pid, signal.SIGHUP)
         wait_for_process(worker, timeout=PATIENCE)
         reader.goes_on()
+        # One that comes while another is under way is the same.
+        wait_until(partial(has_reloaded, daemon, count))
+
+
+def has_reloaded(daemon: FusesnapDaemon, count: int) -> bool:
+    """Whether everything is replaced since it was asked for the time ``count``."""
+    state = running_daemon(daemon.state)
+    return state is not None and (state.reloads, state.state) == (count, "serving")
+
+
+def test_a_worker_that_cannot_start_after_a_reload_is_tried_again(
+    daemon: FusesnapDaemon, reader: Reader
+) -> None:
+    worker, views = serving(daemon), daemon.state / "views.sqlite"
+    kept = {file: file.read_bytes() for file in daemon.state.glob("views.sqlite*")}
+    for file in kept:
+        file.rename(file.with_name(f"kept-{file.name}"))
+    views.write_bytes(b"not a database" * 1000)
+    os.kill(daemon.service.pid, signal.SIGHUP)
+    wait_until(lambda: "worker (pid" in daemon.service.log_text().rpartition("is replaced")[2])
+    assert daemon.service.alive
+    for file, data in kept.items():
+        file.write_bytes(data)
+    assert serving(daemon) != worker
+    reader.goes_on()
 
 
 def test_a_configuration_that_does_not_work_is_refused_and_harms_nobody(
