@@ -17,8 +17,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 # A child that dies before it has served for so many seconds is dying young: the second time in a row, and from then on,
-# it waits before it is started again.
-YOUNG = 0.2
+# it waits before it is started again. No longer than what brings it down needs: one that is killed now and then by
+# others must not keep readers waiting.
+YOUNG = 0.05
 FIRST_WAIT, LONGEST_WAIT = 0.1, 10.0
 # A child that is told to stop has this many seconds: one that hangs must not keep the node from stopping.
 GRACE = 7.0
