@@ -334,7 +334,7 @@ def _transfer(found: Containerd, proxy: Proxy) -> list[Finding]:
         return [failing("transfer", said, "see containerd's log", UNAVAILABLE)]
     allowed = found.config.unpack_snapshotters()
     if allowed is None or proxy.name not in allowed:
-        said = f"the transfer service does not unpack for {proxy.name}: ctr images pull leaves its images packed"
+        said = f"the transfer service does not unpack for {proxy.name}: what it pulls for it fails"
         return [failing("transfer", said, found.paste("the unpack_config that"), CONFIGURATION)]
     if allowed == [proxy.name]:
         said = f"the transfer service unpacks for {proxy.name} alone"
