@@ -14,6 +14,7 @@ from typing import Final
 NAME: Final = "fusesnap"
 VERSIONS: Final = ("2", "3")
 REMAP_IDS: Final = "remap-ids"
+REBASE: Final = "rebase"  # never printed: see docs/architecture.md
 _CRI_TABLES: Final = {
     "2": '[plugins."io.containerd.grpc.v1.cri".containerd]',
     "3": '[plugins."io.containerd.cri.v1.images"]',

@@ -295,6 +295,22 @@ def test_the_ids_of_user_namespaces(patient: Patient) -> None:
     }
 
 
+def test_layers_are_not_to_be_unpacked_without_their_parents(patient: Patient) -> None:
+    def declare(text: str) -> str:
+        kind = 'type = "snapshot"\n'
+        return text.replace('  capabilities = ["remap-ids"]\n', "").replace(
+            kind, f'{kind}  capabilities = ["rebase"]\n'
+        )
+
+    finding = patient.examined(declare).get("capabilities")
+    if patient.containerd.release.text.startswith("1.6."):
+        assert finding is None  # it knows no capabilities
+        return
+    assert finding is not None
+    assert (finding.level, "take rebase out" in finding.mend) == (Level.FAILURE, True)
+    assert "capabilities" not in patient.examined()
+
+
 def cri_pull(address: Path, reference: str) -> None:
     """runtime.v1.ImageService/PullImage with ``image`` (1) as ImageSpec, whose ``image`` (1) is the reference."""
     name = reference.encode()

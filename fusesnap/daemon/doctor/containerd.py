@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Final
 
 from fusesnap.config import DEFAULT_ROOT, Settings
-from fusesnap.daemon.containerd_block import NAME, REMAP_IDS
+from fusesnap.daemon.containerd_block import NAME, REBASE, REMAP_IDS
 from fusesnap.daemon.doctor.containerd_config import (
     NEW_CRI_IMAGES,
     OLD_CRI,
@@ -164,6 +164,7 @@ def _about(found: Containerd, idmapping: IdMapping | None) -> Sequence[Finding]:
     findings.extend(_loaded(found, proxy))
     findings.extend(_cri(found, proxy))
     findings.extend(_transfer(found, proxy))
+    findings.extend(_capabilities(proxy))
     if idmapping is not None:
         findings.extend(_user_namespaces(found, proxy, idmapping(found.settings.root)))
     return findings
@@ -341,6 +342,15 @@ def _transfer(found: Containerd, proxy: Proxy) -> list[Finding]:
         mend = "an unpack_config for overlayfs too, if images for it are pulled"
         return [doubtful("transfer", said, mend)]
     return [well("transfer", f"the transfer service unpacks for {', '.join(allowed)}")]
+
+
+def _capabilities(proxy: Proxy) -> list[Finding]:
+    """Layers that are unpacked before their parents lose the whiteouts that need a layer below."""
+    if REBASE not in proxy.capabilities:
+        return []
+    said = f"{proxy.name} declares {REBASE}: files that a layer removes may be there again"
+    mend = f"take {REBASE} out of capabilities in [proxy_plugins.{proxy.name}], and {_RESTART}"
+    return [failing("capabilities", said, mend, CONFIGURATION)]
 
 
 def _user_namespaces(found: Containerd, proxy: Proxy, impossible: str) -> list[Finding]:
