@@ -47,7 +47,6 @@ async def run(settings: Settings, ready: int) -> None:
             snapshotter = build_snapshotter(node, nursery, waits)
             await snapshotter.recover()
             collector = Collector(node.store, settings.store, snapshotter.cleanup)
-            nursery.start_soon(collector.run)
             calls = {
                 "Status": partial(status, node, snapshotter, waits, collector),
                 "Cancel": partial(cancel, node, snapshotter, waits),
@@ -57,6 +56,7 @@ async def run(settings: Settings, ready: int) -> None:
             os.write(ready, b"ready\n")
             os.close(ready)
             await snapshotter.remove_leftovers()
+            nursery.start_soon(collector.run)
 
 
 def build_snapshotter(node: Node, nursery: trio.Nursery, waits: WorkersWaits) -> Snapshotter:

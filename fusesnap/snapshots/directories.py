@@ -9,6 +9,7 @@ says which directories are owned.
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
 from collections.abc import Callable
@@ -26,6 +27,9 @@ NEW: Final = "new-"
 REMOVED: Final = "rm-"
 
 SHIFTED: Final = "shifted"
+
+# Two who remove the same directory may be in each other's way, a few times.
+ATTEMPTS: Final = 16
 
 FS_MODE: Final = 0o755  # containerd's: a container's / is that of its upper directory
 WORK_MODE: Final = 0o711
@@ -140,12 +144,26 @@ def remove_tree(path: Path) -> None:
     directory that is found is first moved up, to be a neighbour of the one it was found in.
     """
     with storage("remove", path):
-        waiting = [path]
-        while waiting:
-            _empty(waiting.pop(), path, waiting)
+        for _ in range(ATTEMPTS):
+            if _removed(path):
+                return
+        _vanish(path.rmdir)
+
+
+def _removed(path: Path) -> bool:
+    """Remove what is there now. False where another who removes it too has moved something up meanwhile."""
+    waiting = [path]
+    while waiting:
+        _empty(waiting.pop(), path, waiting)
+    try:
         for directory in sorted(path.glob(f"{REMOVED}*")) if path.exists() else ():
             _vanish(directory.rmdir)
         _vanish(path.rmdir)
+    except OSError as error:
+        if error.errno != errno.ENOTEMPTY:
+            raise
+        return False
+    return True
 
 
 def _empty(directory: Path, top: Path, waiting: list[Path]) -> None:

@@ -8,6 +8,7 @@ import os
 import sqlite3
 import stat
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -121,6 +122,17 @@ async def test_ids_are_never_reused(bench: Bench) -> None:
         mounts = await bench.snapshotter.prepare("key", "", {})
         assert mounts[0].source == str(bench.state / "snapshots" / str(number + 1) / "fs")
         await bench.snapshotter.remove("key")
+
+
+def test_several_may_remove_the_same_directory(tmp_path: Path) -> None:
+    for number in range(20):
+        top = tmp_path / str(number)
+        for name in ("a", "b", "c"):
+            (top / name / "1/2/3/4").mkdir(parents=True)
+            (top / name / "1/file").touch()
+        with ThreadPoolExecutor(4) as threads:
+            list(threads.map(remove_tree, [top] * 4))
+        assert not top.exists()
 
 
 async def test_removal_survives_what_cannot_be_removed(
