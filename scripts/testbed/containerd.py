@@ -36,8 +36,8 @@ CGROUPS = Path("/sys/fs/cgroup")
 class Container:
     """A container that runs in the background. Times are in seconds.
 
-    Programs are run in it by runc itself: ctr of 1.7 and later closes the pipes of a program that has ended, whether it
-    has read them or not (``Delete`` in containerd's ``client/process.go`` cancels their reader).
+    Programs are run in it by runc itself: ctr closes the pipes of a program that has ended, whether it has read them or
+    not (``Delete`` in containerd's ``client/process.go`` cancels their reader).
     """
 
     def __init__(self, containerd: Containerd, name: str, log: Path) -> None:
@@ -182,10 +182,7 @@ class Containerd:
     def run(
         self, reference: str, name: str, *argv: str, snapshotter: str = "", timeout: float = 60
     ) -> str:
-        """Run a container to its end and remove it; returns its standard output. Raises CommandFailed.
-
-        From 1.7 on it comes with what the container says on its standard error.
-        """
+        """Run a container to its end and remove it; returns what it says on both streams. Raises CommandFailed."""
         done = self.run_unchecked(reference, name, *argv, snapshotter=snapshotter, timeout=timeout)
         if done.returncode != 0:
             status = f"container {name} ended with status {done.returncode}"
@@ -196,10 +193,7 @@ class Containerd:
         self, reference: str, name: str, *argv: str, snapshotter: str = "", timeout: float = 60
     ) -> subprocess.CompletedProcess[str]:
         """The same, whatever the container's status."""
-        if self.release.text.startswith("1.6."):
-            command = self.run_command(reference, name, *argv, snapshotter=snapshotter)
-            return run_unchecked(command, timeout=timeout)
-        # Later ones close the container's pipes when it has ended, whether they have read them or not.
+        # ctr closes the container's pipes when it has ended, whether it has read them or not.
         with tempfile.TemporaryDirectory(dir=self._work) as directory:
             log = Path(directory) / "output"
             command = self.run_command(
