@@ -97,7 +97,7 @@ class DrillBed:
 
     def image(self, closure: DrillClosure) -> str:
         """Import an image of the closure; returns its reference."""
-        name = f"docker.io/library/drill:{len(self.references) + 1}"
+        name = f"registry.example.org/drill:{len(self.references) + 1}"
         layers = [
             ordinary_layer({"etc/hostname": b"drill\n", "etc/large": IMAGE_FILE, "tmp/.keep": b""}),
             nix_layer(
