@@ -209,7 +209,9 @@ class Bench:
         self, stack: contextlib.ExitStack, snapshotter: str, layers: Sequence[Layer], name: str
     ) -> Side:
         """Import an image, which unpacks it, and give the side of its containers."""
-        archive = write_image(self.directory / f"{name}.tar", layers, name=f"{name}:latest")
+        archive = write_image(
+            self.directory / f"{name}.tar", layers, name=f"{name}-{snapshotter}:latest"
+        )
         with self.report.timed(f"import and unpack {name} into {snapshotter}"):
             reference = self.containerd.import_archive(
                 archive, snapshotter=snapshotter, timeout=CALL_SECONDS

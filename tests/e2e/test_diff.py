@@ -119,7 +119,11 @@ class Diffs:
     def view(self, name: str) -> Sequence[mount_pb2.Mount]:
         self._views += 1
         request = snapshots_pb2.ViewSnapshotRequest(
-            snapshotter="fusesnap", key=f"test-view-{self._views}", parent=name
+            snapshotter="fusesnap",
+            key=f"test-view-{self._views}",
+            parent=name,
+            # Nothing refers to it: without this containerd's collector may take it.
+            labels={"containerd.io/gc.root": "1970-01-01T00:00:00Z"},
         )
         return self._snapshots.View(request, metadata=NAMESPACE).mounts
 
