@@ -7,6 +7,7 @@ row, and goes after it. A root that no row owns is removed by the next pass that
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Final
 
 from fusesnap.nix.store_path import StorePath
@@ -17,10 +18,11 @@ _PREFIX: Final = "snapshot-"
 
 
 class SnapshotRoots:
-    """The roots of one state directory's snapshots, by their ids. Methods raise ``StorageFailure``."""
+    """The roots of the snapshots of the state directory ``state``, by their ids. Methods raise ``StorageFailure``."""
 
-    def __init__(self, roots: Roots) -> None:
+    def __init__(self, roots: Roots, state: Path) -> None:
         self._roots = roots
+        self._state = state
 
     def add(self, id_: int, paths: Iterable[StorePath]) -> None:
         """Keep the closure of a snapshot that stands for ``paths``."""
@@ -46,7 +48,21 @@ class SnapshotRoots:
             if name.startswith(_PREFIX) and not _is_owned(name.removeprefix(_PREFIX), owned)
         ]
         found = mounts() if gone else ()
-        return [name for name in gone if not _is_mounted(name.removeprefix(_PREFIX), found)]
+        return [name for name in gone if not self._is_mounted(name.removeprefix(_PREFIX), found)]
+
+    def _is_mounted(self, id_: str, mounts: Sequence[OverlayMount]) -> bool:
+        """Whether a mount has the snapshot's layer below it.
+
+        A lower directory may be given as a relative path, of which nobody knows what it is relative to. An absolute one
+        elsewhere is another snapshotter's: containerd's own counts from 1 too, and names its directories alike.
+        """
+        layer, ours = f"snapshots/{id_}/fs", f"{self._state}/"
+        return any(
+            lower == layer
+            or (lower.endswith(f"/{layer}") and lower.startswith(ours if lower[0] == "/" else ""))
+            for mount in mounts
+            for lower in mount.lowers
+        )
 
     def remove(self, names: Iterable[str]) -> None:
         """Let go of what these roots keep."""
@@ -56,11 +72,3 @@ class SnapshotRoots:
 
 def _is_owned(id_: str, owned: set[int]) -> bool:
     return id_.isdecimal() and int(id_) in owned
-
-
-def _is_mounted(id_: str, mounts: Sequence[OverlayMount]) -> bool:
-    """Whether a mount has the snapshot's layer below it; a lower directory may be given as a relative path."""
-    layer = f"snapshots/{id_}/fs"
-    return any(
-        lower == layer or lower.endswith(f"/{layer}") for mount in mounts for lower in mount.lowers
-    )

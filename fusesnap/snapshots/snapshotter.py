@@ -91,7 +91,7 @@ class Snapshotter(Snapshots):
         self._release_readers = release_readers
         self._directories = Directories(root / "snapshots")
         self._idmapped = IdmappedMounts(root)
-        self._roots = SnapshotRoots(store.roots)
+        self._roots = SnapshotRoots(store.roots, root)
         self._leftovers = Leftovers(
             metastore, self._directories, farms, self._idmapped, self._roots
         )

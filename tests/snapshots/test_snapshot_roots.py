@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 import pytest
@@ -106,10 +107,20 @@ def test_which_mounts_count() -> None:
             return {"snapshot-7", "snapshot-8", "snapshot-77", "of-somebody-else"}
 
     line = "30 20 0:40 / / rw - overlay overlay rw,lowerdir={},upperdir=/s/9/fs,workdir=/w\n"
-    roots = SnapshotRoots(cast(Roots, Names()))  # only its names are asked for
+    roots = SnapshotRoots(cast(Roots, Names()), Path("/state"))  # only its names are asked for
     for lowers in ("/state/farms/a:/state/snapshots/7/fs", "farms/a:layer:snapshots/7/fs"):
         mounts = partial(parse, line.format(lowers).encode())
         assert roots.of_nobody({8}, mounts) == ["snapshot-77"]
+    for lowers in (
+        "/state/idmapped/2/state/snapshots/7/fs",
+        "idmapped/2/state/snapshots/7/fs:layer",
+    ):
+        mounts = partial(parse, line.format(lowers).encode())
+        assert roots.of_nobody({8}, mounts) == ["snapshot-77"]
+    # containerd's own snapshotter, and another daemon of ours.
+    elsewhere = "/containerd/overlayfs/snapshots/7/fs:/state2/snapshots/77/fs"
+    mounts = partial(parse, line.format(elsewhere).encode())
+    assert roots.of_nobody({8}, mounts) == ["snapshot-7", "snapshot-77"]
     assert roots.of_nobody({8}, tuple) == ["snapshot-7", "snapshot-77"]
 
 
