@@ -21,12 +21,7 @@ POLL_SECONDS = 0.05
 
 
 @click.group(invoke_without_command=True)
-@click.option(
-    "--root",
-    type=click.Path(path_type=Path),
-    metavar="DIR",
-    help="State directory. Default: /var/lib/fusesnap",
-)
+@options.root
 @click.option(
     "--address",
     type=click.Path(path_type=Path),

@@ -23,12 +23,7 @@ WIDEST = 16  # subjects that are URLs stand out
 
 
 @click.command()
-@click.option(
-    "--root",
-    type=click.Path(path_type=Path),
-    metavar="DIR",
-    help="State directory. Default: /var/lib/fusesnap",
-)
+@options.root
 @click.option(
     "--address",
     type=click.Path(path_type=Path),

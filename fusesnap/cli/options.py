@@ -49,6 +49,12 @@ store_dir = click.option(
     default=None,
     help="Store directory that paths are named by. Default: /nix/store",
 )
+root = click.option(
+    "--root",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help=f"State directory. Default: {DEFAULT_ROOT}",
+)
 address = click.option(
     "--address",
     type=click.Path(path_type=Path),

@@ -13,6 +13,7 @@ from rich.progress import (
     BarColumn,
     DownloadColumn,
     Progress,
+    ProgressColumn,
     TextColumn,
     TimeRemainingColumn,
     TransferSpeedColumn,
@@ -63,20 +64,15 @@ def describe(flight: FlightState) -> str:
     return f"fetching {flight.path.name}{percent}" + (f" for {readers}" if readers else "")
 
 
-class CollectProgress:
-    """A bar over what is to be freed."""
+class _Bar:
+    """A bar that is shown for the time of a context, on a terminal; ``columns`` are what it shows."""
 
-    def __init__(self) -> None:
+    def __init__(self, description: str, *columns: ProgressColumn, transient: bool) -> None:
         console = Console(stderr=True)
         self._bar = Progress(
-            TextColumn("freeing"),
-            BarColumn(),
-            DownloadColumn(),
-            console=console,
-            disable=not console.is_terminal,
-            transient=True,
+            *columns, console=console, disable=not console.is_terminal, transient=transient
         )
-        self._task = self._bar.add_task("", total=None)
+        self._task = self._bar.add_task(description, total=None)
 
     def __enter__(self) -> Self:
         self._bar.start()
@@ -89,39 +85,32 @@ class CollectProgress:
         trace: TracebackType | None,
     ) -> None:
         self._bar.stop()
+
+
+class CollectProgress(_Bar):
+    """A bar over what is to be freed."""
+
+    def __init__(self) -> None:
+        super().__init__("", TextColumn("freeing"), BarColumn(), DownloadColumn(), transient=True)
 
     def update(self, freed: int, total: int) -> None:
         """``freed`` of ``total`` bytes are free."""
         self._bar.update(self._task, completed=freed, total=total)
 
 
-class FetchProgress:
+class FetchProgress(_Bar):
     """A bar over a whole closure."""
 
     def __init__(self) -> None:
-        console = Console(stderr=True)
-        self._bar = Progress(
+        super().__init__(
+            "asking for narinfos",
             TextColumn("{task.description}"),
             BarColumn(),
             DownloadColumn(),
             TransferSpeedColumn(),
             TimeRemainingColumn(),
-            console=console,
-            disable=not console.is_terminal,
+            transient=False,
         )
-        self._task = self._bar.add_task("asking for narinfos", total=None)
-
-    def __enter__(self) -> Self:
-        self._bar.start()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._bar.stop()
 
     def update(self, description: str, done: int, total: int) -> None:
         """``done`` of ``total`` bytes of NARs are committed or on their way."""

@@ -74,7 +74,7 @@ cp copied copy && cat copy > copied; chmod 644 kept; chmod 600 kept; chmod 644 k
 mkdir -p "$0/$0"; echo long > "$0/$0/$0"; ln -s "$0/$0/$0" "long link"; echo e > "$(printf 'odd\\351 \\303\\251')"
 echo big > uid; chown 3000000:4000000 uid; touch -d @-5 early || true; touch -d @9000000000 late
 mv moved-file moved; cp -a moved-tree renamed; rm -r moved-tree
-chmod 755 $1/bin; echo in a store path > $1/bin/new; rm $1/bin/cat; rm $2; rm -r $3; ln $4 /work/script
+chmod 755 $1/bin; echo in a store path > $1/bin/new; rm $1/bin/cat; rm $2; rm -r $3; ln $4 script
 """
 
 
