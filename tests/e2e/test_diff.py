@@ -6,6 +6,7 @@ import gzip
 import hashlib
 import io
 import os
+import secrets
 import socket
 import stat
 import struct
@@ -44,6 +45,8 @@ from fusesnap.services.api import (
     descriptor_pb2,
     diff_pb2,
     diff_pb2_grpc,
+    leases_pb2,
+    leases_pb2_grpc,
     mount_pb2,
     snapshots_pb2,
     snapshots_pb2_grpc,
@@ -106,6 +109,13 @@ def channel(node: Node) -> Iterator[grpc.Channel]:
         yield opened
 
 
+def _lease(channel: grpc.Channel) -> str:
+    """A lease, as containerd's own clients have one: without it the collector may take a layer while it is written."""
+    request = leases_pb2.CreateRequest(id=f"test-{secrets.token_hex(8)}")
+    leases_pb2_grpc.LeasesStub(channel).Create(request, metadata=NAMESPACE)
+    return request.id
+
+
 class Diffs:
     """Asks containerd for diffs of our snapshots."""
 
@@ -114,6 +124,7 @@ class Diffs:
         self._channel = channel
         self._snapshots = snapshots_pb2_grpc.SnapshotsStub(channel)
         self._diff = diff_pb2_grpc.DiffStub(channel)
+        self._metadata = (*NAMESPACE, ("containerd-lease", _lease(channel)))
         self._views = 0
 
     def view(self, name: str) -> Sequence[mount_pb2.Mount]:
@@ -146,7 +157,7 @@ class Diffs:
         request = diff_pb2.DiffRequest(left=left, right=right, media_type=media_type)
         if epoch is not None:
             request.source_date_epoch.CopyFrom(Timestamp(seconds=epoch))
-        return self._diff.Diff(request, metadata=NAMESPACE, timeout=60).diff
+        return self._diff.Diff(request, metadata=self._metadata, timeout=60).diff
 
     def chain(self) -> list[str]:
         """The committed snapshots of the one image, lowest first."""
