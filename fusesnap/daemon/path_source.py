@@ -10,6 +10,7 @@ import trio
 
 from fusesnap.daemon import control
 from fusesnap.errors import FusesnapError
+from fusesnap.fetch.priority import Priority
 from fusesnap.fetch.realiser import Realiser
 from fusesnap.nix.store_path import StoreDir, StorePath
 
@@ -33,7 +34,7 @@ class LocalPathSource:
 
     def prefetch(self, paths: Sequence[StorePath]) -> None:
         """See ``PathSource``."""
-        self._realiser.request(paths)
+        self._realiser.request(paths, Priority.REST)
 
 
 class HintingPathSource(LocalPathSource):
@@ -55,6 +56,6 @@ class HintingPathSource(LocalPathSource):
 
     async def _hint(self, paths: list[str]) -> None:
         try:
-            await control.ask(self._worker, "fetch", paths=paths)
+            await control.ask(self._worker, "fetch", paths=paths, priority=Priority.REST.name)
         except FusesnapError as error:
             log.warning("the worker did not take the hint to fetch %d paths: %s", len(paths), error)

@@ -25,6 +25,7 @@ from fusesnap.daemon.readers import identify, is_dying, is_thread_of
 from fusesnap.daemon.signals import stop_on_signal
 from fusesnap.daemon.status import status_of_wait, worker_status
 from fusesnap.daemon.turn import BEAT, READY, wait_for_turn
+from fusesnap.fetch.priority import Priority
 from fusesnap.filesystem.error_counts import ErrorCounts
 from fusesnap.filesystem.inode import InodeKind
 from fusesnap.filesystem.layer_nodes import LayerNodes
@@ -150,7 +151,9 @@ def calls(worker: Worker) -> Mapping[str, control.Answer]:
         }
 
     async def fetch(question: Mapping[str, Any]) -> dict[str, Any]:
-        node.realiser.request([node.store_dir.parse(path) for path in question.get("paths", [])])
+        """Fetch ``paths``, as urgently as ``priority`` says, the name of a ``Priority``."""
+        paths = [node.store_dir.parse(path) for path in question.get("paths", [])]
+        node.realiser.request(paths, Priority[question.get("priority", Priority.PREFETCH.name)])
         return {}
 
     async def release(question: Mapping[str, Any]) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from pathlib import Path
 import trio
 
 from fusesnap.errors import FusesnapError, InvalidData
+from fusesnap.fetch.priority import Priority
 from fusesnap.fetch.realiser import Realiser
 from fusesnap.nix.elf import Dynamic, read_dynamic
 from fusesnap.nix.store_path import StoreDir, StorePath
@@ -71,7 +72,8 @@ class Loader:
     async def _fetch(self, dynamic: Dynamic) -> None:
         places = list(self._places(dynamic.search))
         wanted = [*self._places([dynamic.interpreter]), *places]
-        self._realiser.request(list(dict.fromkeys(pin.info.store_path for pin, _ in wanted)))
+        paths = list(dict.fromkeys(pin.info.store_path for pin, _ in wanted))
+        self._realiser.request(paths, Priority.TRACE)
         for library in dynamic.needed:
             for pin, directory in places:
                 tree = await self._realiser.realise(pin.info.store_path)

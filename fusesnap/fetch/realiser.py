@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import heapq
+import itertools
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Sequence
 from contextlib import aclosing
@@ -19,6 +21,7 @@ from fusesnap.errors import (
 )
 from fusesnap.fetch.flight import Flight, FlightState, Progress, Reader
 from fusesnap.fetch.keeping import keeping
+from fusesnap.fetch.priority import Priority
 from fusesnap.fetch.trees import Trees
 from fusesnap.fetch.unpacking import UnpackerDied, Unpackers
 from fusesnap.nix.store_path import StorePath
@@ -67,7 +70,9 @@ class Realiser:
         self._identify = identify
         self._transfers = trio.CapacityLimiter(limits.transfers)
         # Half of the transfers are left to readers, who wait.
-        self._room = trio.Semaphore(max(1, limits.transfers // 2))
+        self._room = max(1, limits.transfers // 2)
+        self._requested: list[tuple[Priority, int, StorePath]] = []
+        self._numbers = itertools.count()
         self._flights: dict[StorePath, Flight] = {}
         self._progress = Progress()
         self._trees = Trees()
@@ -144,27 +149,37 @@ class Realiser:
         watch(flight)
         return await flight.wait(self._limits.stall, reader)
 
-    def request(self, paths: Sequence[StorePath]) -> None:
-        """Start fetching what is missing of ``paths``, smallest first, without waiting."""
-        self._nursery.start_soon(self._fetch_in_order, tuple(paths))
+    def request(self, paths: Sequence[StorePath], priority: Priority = Priority.PREFETCH) -> None:
+        """Start fetching what is missing of ``paths`` when it is their turn, without waiting.
 
-    async def _fetch_in_order(self, paths: Sequence[StorePath]) -> None:
+        In the order given if ``priority`` keeps it, as of a startup trace; else the smallest first.
+        """
+        self._nursery.start_soon(self._enqueue, tuple(paths), priority)
+
+    async def _enqueue(self, paths: Sequence[StorePath], priority: Priority) -> None:
         # A question to the database each: thousands of them are not for the loop.
-        missing = await trio.to_thread.run_sync(self._missing_by_size, paths)
-        async with trio.open_nursery() as nursery:
-            for path in missing:
-                await self._room.acquire()
-                nursery.start_soon(self._release_after, self._flight(path))
+        for path in await trio.to_thread.run_sync(self._missing_in_order, paths, priority):
+            heapq.heappush(self._requested, (priority, next(self._numbers), path))
+        self._begin_requested()
 
-    async def _release_after(self, flight: Flight) -> None:
-        try:
-            await flight.landed()
-        finally:
-            self._room.release()
+    def _begin_requested(self) -> None:
+        while self._requested and self._room:
+            self._room -= 1
+            _, _, path = heapq.heappop(self._requested)
+            self._nursery.start_soon(self._fetch_requested, path)
 
-    def _missing_by_size(self, paths: Sequence[StorePath]) -> list[StorePath]:
+    async def _fetch_requested(self, path: StorePath) -> None:
+        if not self._store.is_committed(path):  # somebody may have read it before its turn
+            await self._flight(path).landed()
+        self._room += 1
+        self._begin_requested()
+
+    def _missing_in_order(
+        self, paths: Sequence[StorePath], priority: Priority
+    ) -> Sequence[StorePath]:
         there = self._store.committed_among(paths)
-        return sorted((path for path in paths if path not in there), key=self._size)
+        missing = [path for path in dict.fromkeys(paths) if path not in there]
+        return missing if priority.keeps_order else sorted(missing, key=self._size)
 
     def cached_tree(self, ordinal: int) -> Tree | None:
         """The tree behind an ordinal, if it is in memory: never waits."""

@@ -17,6 +17,7 @@ from fusesnap.errors import (
     PathNotFound,
     Unavailable,
 )
+from fusesnap.fetch.priority import Priority
 from fusesnap.fetch.realiser import Limits
 from fusesnap.nix.store_path import StorePath
 from fusesnap.nix.tree import Tree
@@ -223,19 +224,22 @@ async def test_a_closure_is_followed_through_its_references(make_realiser: MakeR
     assert closure == [root.path, middle.path, leaf.path]
 
 
-async def test_a_hint_fetches_without_anybody_waiting(
-    make_realiser: MakeRealiser, store: LocalStore
+@pytest.mark.parametrize("priority", Priority)
+async def test_a_hint_fetches_without_anybody_waiting_in_the_order_of_its_kind(
+    priority: Priority, make_realiser: MakeRealiser, store: LocalStore
 ) -> None:
     samples = [sample(f"path-{number}", size=10 * number + 1) for number in range(5)]
     cache = cache_of(*samples)
     realiser = make_realiser(cache, limits=Limits(transfers=1))
     paths: list[StorePath] = [each.path for each in reversed(samples)]
     await realiser.admit(paths)
-    realiser.request(paths)
-    for path in reversed(paths):
-        await realiser.realise(path)
+    realiser.request([*paths, *paths], priority)
+    with trio.fail_after(30):
+        while len(store.committed_among(paths)) < len(paths):
+            await trio.testing.wait_all_tasks_blocked(0.01)
     nars = [name for name in cache.requests if name.startswith("nar/")]
-    assert nars == [each.info.url for each in samples]  # the smallest first
+    smallest_first = [each.info.url for each in samples]
+    assert nars == (smallest_first[::-1] if priority.keeps_order else smallest_first)
 
 
 async def test_a_path_that_nobody_has_is_not_found(make_realiser: MakeRealiser) -> None:
