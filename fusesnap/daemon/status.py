@@ -65,7 +65,9 @@ def waits_for(transfer: FlightState | None) -> str:
         return "disk"
     if transfer.queued:
         return "turn"
-    return "narinfo" if transfer.cache is None else "transfer"
+    if transfer.cache is None:
+        return "narinfo"
+    return "verify" if transfer.verifying else "transfer"
 
 
 def cache(state: CacheState) -> dict[str, Any]:

@@ -7,6 +7,16 @@ from dataclasses import dataclass
 import trio
 
 from fusesnap.errors import DeadlineExceeded
+from fusesnap.fetch.events import (
+    Asked,
+    Boarded,
+    Landed,
+    ObserveFetch,
+    Received,
+    TransferBegun,
+    Verifying,
+    unobserved,
+)
 from fusesnap.nix.store_path import StorePath
 from fusesnap.nix.tree import Tree
 
@@ -25,7 +35,8 @@ class FlightState:
 
     ``expected`` is the size of the compressed NAR where a narinfo told it. ``waiting`` counts those blocked on the
     path now; ``readers`` are the last processes that asked. ``queued``: it has not begun, because others are before
-    it. ``idle``: seconds since something last came; ``rate``: bytes a second, of late.
+    it. ``verifying``: all bytes came, and are checked and committed. ``idle``: seconds since something last came;
+    ``rate``: bytes a second, of late.
     """
 
     path: StorePath
@@ -36,6 +47,7 @@ class FlightState:
     waiting: int
     readers: tuple[Reader, ...]
     queued: bool
+    verifying: bool
     idle: float
     rate: float
 
@@ -58,11 +70,18 @@ class Flight:
 
     RATE_OVER = 5.0  # seconds that a rate is measured over, at least
 
-    def __init__(self, path: StorePath, everybody: Progress | None = None) -> None:
+    def __init__(
+        self,
+        path: StorePath,
+        everybody: Progress | None = None,
+        observe: ObserveFetch = unobserved,
+    ) -> None:
         self.path = path
+        self._observe = observe
         self.cache: str | None = None
         self._everybody = everybody or Progress()
         self._queued = everybody is not None
+        self._verifying = False
         self._received = 0
         self._expected: int | None = None
         self._began = self._own_progress = trio.current_time()
@@ -71,6 +90,7 @@ class Flight:
         self._outcome: Tree | Exception | None = None
         self._waiting = 0
         self._readers: dict[Reader, None] = {}
+        observe(Asked(path))
 
     @property
     def _progressed(self) -> float:
@@ -80,12 +100,15 @@ class Flight:
         """It is this path's turn."""
         self._queued = False
         self._own_progress = trio.current_time()
+        self._observe(Boarded(self.path))
 
     def begin(self, cache: str, expected: int | None) -> None:
         """An offer was chosen: bytes come from ``cache``, ``expected`` of them where that is known."""
         self.cache, self._expected, self._received, self._queued = cache, expected, 0, False
+        self._verifying = False
         self._own_progress = now = trio.current_time()
         self._marks = ((now, 0), (now, 0))
+        self._observe(TransferBegun(self.path, cache, expected))
 
     def progress(self, count: int) -> None:
         """``count`` more bytes of the compressed NAR are here."""
@@ -93,11 +116,18 @@ class Flight:
         self._own_progress = self._everybody.at = now = trio.current_time()
         if now - self._marks[1][0] >= self.RATE_OVER:
             self._marks = (self._marks[1], (now, self._received))
+        self._observe(Received(self.path, self.cache or "", count))
+
+    def verify(self) -> None:
+        """All bytes are here, and are about to be checked and committed."""
+        self._verifying = True
+        self._observe(Verifying(self.path))
 
     def land(self, outcome: Tree | Exception) -> None:
         """The path is committed and this is its tree, or it cannot be had and this is why."""
         self._outcome = outcome
         self._landed.set()
+        self._observe(Landed(self.path, outcome if isinstance(outcome, Exception) else None))
 
     async def landed(self) -> None:
         """Return when it is over, however it ended. Its own limits see to it that it ends."""
@@ -148,6 +178,7 @@ class Flight:
             waiting=self._waiting,
             readers=tuple(self._readers),
             queued=self._queued,
+            verifying=self._verifying,
             idle=trio.current_time() - self._progressed,
             rate=self._rate(),
         )

@@ -19,6 +19,7 @@ from fusesnap.errors import (
     Unavailable,
     UntrustedPath,
 )
+from fusesnap.fetch.events import ObserveFetch, unobserved
 from fusesnap.fetch.flight import Flight, FlightState, Progress, Reader
 from fusesnap.fetch.keeping import keeping
 from fusesnap.fetch.priority import Priority
@@ -50,7 +51,8 @@ class Realiser:
     """The one place in a process that fetches.
 
     ``nursery`` holds the transfers: they outlive the readers that asked for them, because the next reader will want
-    the same path, and end with the process. ``identify`` names a process by its pid, for people to see.
+    the same path, and end with the process. ``identify`` names a process by its pid, for people to see. ``observe``
+    hears what becomes of each path.
     """
 
     def __init__(
@@ -61,6 +63,7 @@ class Realiser:
         nursery: trio.Nursery,
         limits: Limits,
         identify: Callable[[int], Reader],
+        observe: ObserveFetch = unobserved,
     ) -> None:
         self._store = store
         self._pool = pool
@@ -68,6 +71,7 @@ class Realiser:
         self._nursery = nursery
         self._limits = limits
         self._identify = identify
+        self._observe = observe
         self._transfers = trio.CapacityLimiter(limits.transfers)
         # Half of the transfers are left to readers, who wait.
         self._room = max(1, limits.transfers // 2)
@@ -222,7 +226,7 @@ class Realiser:
     def _flight(self, path: StorePath) -> Flight:
         flight = self._flights.get(path)
         if flight is None:
-            flight = self._flights[path] = Flight(path, self._progress)
+            flight = self._flights[path] = Flight(path, self._progress, self._observe)
             self._nursery.start_soon(self._fly, flight, name=f"fetch {path}")
         return flight
 
@@ -311,6 +315,7 @@ class Realiser:
         ):
             async for piece in pieces:
                 await unpacking.feed(piece)
+            flight.verify()
             await unpacking.commit()
         tree = await trio.to_thread.run_sync(self._store.tree, flight.path)
         if tree is None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
+from itertools import count
 from typing import Final, TypeVar
 
 import trio
@@ -17,24 +18,15 @@ import trio
 from fusesnap.errors import FusesnapError, ReaderReleased
 from fusesnap.fetch.flight import Flight, FlightState, Reader
 from fusesnap.filesystem.error_counts import ErrorCounts
-from fusesnap.nix.store_path import StorePath
+from fusesnap.filesystem.wait_events import Answered, Blocked, ObserveWait, Question, unobserved
+
+__all__ = ["Openers", "Question", "Request", "WaitingRequests", "WaitingState"]
 
 T = TypeVar("T")
 
 LOOK_EVERY: Final = 0.5  # seconds between two looks for readers that are being killed
 # Seconds: /proc is read for no request that is answered sooner.
 PATIENCE: Final = 1.0
-
-
-@dataclass(frozen=True, slots=True)
-class Question:
-    """What the kernel asks. ``pid`` is the thread that asks, where the kernel says it; ``file`` is within ``path``."""
-
-    operation: str
-    path: StorePath
-    inode: int
-    file: bytes = b""
-    pid: int | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -96,10 +88,19 @@ class Openers:
 
 
 class WaitingRequests:
-    """The table. ``identify`` names a thread for people; ``errors`` counts what readers get."""
+    """The table. ``identify`` names a thread for people; ``errors`` counts what readers get; ``observe`` hears of
+    each wait.
+    """
 
-    def __init__(self, identify: Callable[[int], Reader], errors: ErrorCounts) -> None:
+    def __init__(
+        self,
+        identify: Callable[[int], Reader],
+        errors: ErrorCounts,
+        observe: ObserveWait = unobserved,
+    ) -> None:
         self._identify = identify
+        self._observe = observe
+        self._numbers = count(1)
         self.errors = errors
         self._requests: dict[Request, None] = {}  # in the order of their beginning
         self._openers = Openers()
@@ -121,20 +122,27 @@ class WaitingRequests:
         """
         request = Request(question, self._readers(question), trio.current_time())
         self._requests[request] = None
+        number = next(self._numbers)
+        ended = Answered(number, cancelled=True)
+        self._observe(Blocked(number, question, request.readers))
         try:
             with request.scope:
-                return await fetch(request.wait_for)
+                found = await fetch(request.wait_for)
+                ended = Answered(number)
+                return found
             assert request.released is not None  # noqa: S101 - nobody else cancels the scope
             raise request.released
         except FusesnapError as error:
             self.errors.count(error, request.cache)
+            ended = Answered(number, error)
             raise
         finally:
             del self._requests[request]
+            self._observe(ended)
 
     def release(self, matches: Callable[[Request], bool], why: str, *, killed: bool = False) -> int:
         """End every wait that ``matches``; says how many. ``why`` is what the log says."""
-        count = 0
+        released = 0
         for request in self._requests:
             if request.released is None and matches(request):
                 question = request.question
@@ -144,8 +152,8 @@ class WaitingRequests:
                     killed=killed,
                 )
                 request.scope.cancel()
-                count += 1
-        return count
+                released += 1
+        return released
 
     async def release_killed(self, is_dying: Callable[[int], bool]) -> None:
         """Answer requests whose threads are being killed, until cancelled.

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import trio
 
+from fusesnap.fetch.events import ObserveFetch, unobserved
 from fusesnap.fetch.flight import Reader
 from fusesnap.fetch.realiser import Limits, Realiser
 from fusesnap.fetch.unpack_processes import UnpackProcesses
@@ -56,7 +57,11 @@ async def make_realiser(
     async def at_once(seconds: float) -> None:
         await trio.lowlevel.checkpoint()
 
-    def make(*caches: MemorySubstituter, limits: Limits | None = None) -> Realiser:
+    def make(
+        *caches: MemorySubstituter,
+        limits: Limits | None = None,
+        observe: ObserveFetch = unobserved,
+    ) -> Realiser:
         pool = SubstituterPool(
             caches,
             store_dir=StoreDir(),
@@ -66,7 +71,13 @@ async def make_realiser(
             deadline=10.0,
         )
         return Realiser(
-            store, pool, unpackers, nursery, limits or Limits(), lambda pid: Reader(pid, "test")
+            store,
+            pool,
+            unpackers,
+            nursery,
+            limits or Limits(),
+            lambda pid: Reader(pid, "test"),
+            observe,
         )
 
     return make

@@ -17,6 +17,15 @@ from fusesnap.errors import (
     PathNotFound,
     Unavailable,
 )
+from fusesnap.fetch.events import (
+    Asked,
+    Boarded,
+    FetchEvent,
+    Landed,
+    Received,
+    TransferBegun,
+    Verifying,
+)
 from fusesnap.fetch.priority import Priority
 from fusesnap.fetch.realiser import Limits
 from fusesnap.nix.store_path import StorePath
@@ -276,3 +285,30 @@ async def test_many_hints_together_leave_half_of_the_transfers_to_readers(
     await trio.testing.wait_all_tasks_blocked(0.05)
     await realiser.realise(wanted.path)
     assert store.is_committed(wanted.path)
+
+
+async def test_what_becomes_of_a_path_is_told_in_order(make_realiser: MakeRealiser) -> None:
+    heard: list[FetchEvent] = []
+    hello, lost = sample("hello", size=300_000), sample("lost")
+    bad, good = cache_of(hello, url="memory://bad"), cache_of(hello, url="memory://good")
+    bad.publish(hello.info, flipped(hello.file))
+    realiser = make_realiser(bad, good, observe=heard.append)
+    await realiser.realise(hello.path)
+    sizes: dict[str, int] = {}
+    for event in heard:
+        if isinstance(event, Received):
+            sizes[event.cache] = sizes.get(event.cache, 0) + event.count
+    assert sizes["memory://good"] == len(hello.file)
+    path, expected = hello.path, hello.info.file_size
+    assert [event for event in heard if not isinstance(event, Received | Verifying)] == [
+        Asked(path),
+        Boarded(path),
+        TransferBegun(path, "memory://bad", expected),
+        TransferBegun(path, "memory://good", expected),
+        Landed(path),
+    ]
+    assert heard[-2:] == [Verifying(path), Landed(path)]
+    heard.clear()
+    with pytest.raises(PathNotFound) as caught:
+        await realiser.realise(lost.path)
+    assert heard == [Asked(lost.path), Boarded(lost.path), Landed(lost.path, caught.value)]

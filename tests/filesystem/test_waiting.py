@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import trio
+import trio.testing
 from hypothesis import given
 from hypothesis import strategies as st
 from trio.testing import MockClock
@@ -15,6 +16,7 @@ from fusesnap.errors import DeadlineExceeded, PathNotFound, ReaderReleased, Stor
 from fusesnap.fetch.flight import Flight, Reader
 from fusesnap.filesystem.error_counts import ErrorCount, ErrorCounts
 from fusesnap.filesystem.operations import errno_of
+from fusesnap.filesystem.wait_events import Answered, Blocked, WaitEvent
 from fusesnap.filesystem.waiting import Openers, Question, WaitingRequests
 from fusesnap.nix.store_path import StorePath
 
@@ -239,3 +241,48 @@ def test_openers_of_many_files_are_forgotten() -> None:
         openers.remember(inode, 1)
     assert openers.of(9) == ()
     assert openers.of(10) == (1,)
+
+
+async def test_each_wait_is_told_of_with_its_beginning_and_its_end(
+    autojump_clock: MockClock,
+) -> None:
+    heard: list[WaitEvent] = []
+    waiting = WaitingRequests(lambda pid: Reader(pid, "cat"), ErrorCounts(), heard.append)
+    missing = PathNotFound("nobody has it")
+
+    async def fetch(watch: Watch) -> str:
+        return "tree"
+
+    async def fail(watch: Watch) -> str:
+        raise missing
+
+    await waiting.wait(question(), fetch)
+    with pytest.raises(PathNotFound):
+        await waiting.wait(question(OTHER, pid=None), fail)
+    with trio.move_on_after(1):
+        await waiting.wait(question(), never)
+    assert heard == [
+        Blocked(1, question(), (Reader(7, "cat"),)),
+        Answered(1),
+        Blocked(2, question(OTHER, pid=None), ()),
+        Answered(2, missing),
+        Blocked(3, question(), (Reader(7, "cat"),)),
+        Answered(3, cancelled=True),
+    ]
+
+
+async def test_one_who_is_released_hears_why(autojump_clock: MockClock) -> None:
+    heard: list[WaitEvent] = []
+    waiting = WaitingRequests(lambda pid: Reader(pid, "cat"), ErrorCounts(), heard.append)
+    async with trio.open_nursery() as nursery:
+
+        async def wait() -> None:
+            with pytest.raises(ReaderReleased):
+                await waiting.wait(question(), never)
+
+        nursery.start_soon(wait)
+        await trio.testing.wait_all_tasks_blocked()
+        waiting.release(lambda _: True, "somebody said so")
+    ended = heard[-1]
+    assert isinstance(ended, Answered)
+    assert isinstance(ended.error, ReaderReleased)

@@ -1,0 +1,71 @@
+"""What happens to a path on its way here, told to whoever was passed in to hear it.
+
+An event has no time of its own: who hears it is called at once, and has a clock. It must not wait, and not fail.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from fusesnap.nix.store_path import StorePath
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """Somebody wants ``path``, which nobody was fetching. Every ``Asked`` is followed by one ``Landed``."""
+
+    path: StorePath
+
+
+@dataclass(frozen=True, slots=True)
+class Boarded:
+    """It is the turn of ``path``: caches are asked for it."""
+
+    path: StorePath
+
+
+@dataclass(frozen=True, slots=True)
+class TransferBegun:
+    """Bytes of ``path`` are asked of ``cache``, its URL; again where one failed before, or gave way to another.
+
+    ``expected``: bytes of the compressed NAR, where they are known. ``kept`` of them are here from an earlier attempt.
+    """
+
+    path: StorePath
+    cache: str
+    expected: int | None
+    kept: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Received:
+    """``count`` bytes of the compressed NAR of ``path`` came from ``cache``."""
+
+    path: StorePath
+    cache: str
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
+class Verifying:
+    """All bytes of ``path`` came: what is left is to check them and to commit them."""
+
+    path: StorePath
+
+
+@dataclass(frozen=True, slots=True)
+class Landed:
+    """``path`` is committed; or it is not, and ``error`` says why."""
+
+    path: StorePath
+    error: Exception | None = None
+
+
+FetchEvent: TypeAlias = Asked | Boarded | TransferBegun | Received | Verifying | Landed
+ObserveFetch: TypeAlias = Callable[[FetchEvent], None]
+
+
+def unobserved(event: FetchEvent) -> None:
+    """Nobody wants to know."""
