@@ -25,7 +25,7 @@ from fusesnap.fetch.keeping import keeping
 from fusesnap.fetch.priority import Priority
 from fusesnap.fetch.trees import Trees
 from fusesnap.fetch.unpacking import UnpackerDied, Unpackers
-from fusesnap.nix.store_path import StorePath
+from fusesnap.nix.store_path import HashPart, StorePath
 from fusesnap.nix.tree import Tree
 from fusesnap.store.local_store import LocalStore, Pin
 from fusesnap.substituter.pool import Offer, SubstituterPool
@@ -111,6 +111,14 @@ class Realiser:
         return await trio.to_thread.run_sync(
             self._store.pins, [offer.narinfo for offer in offers.values()]
         )
+
+    async def resolve(self, part: HashPart) -> StorePath:
+        """The path that has this hash part: the store's, else what a trusted narinfo says.
+
+        Raises as ``SubstituterPool.find``.
+        """
+        known = await trio.to_thread.run_sync(self._store.with_hash_part, part)
+        return known if known is not None else (await self._pool.find(part)).narinfo.store_path
 
     async def closure(self, root: StorePath) -> list[StorePath]:
         """``root`` and every path that it references, directly or not, admitted, in order of discovery.

@@ -64,6 +64,34 @@ class StorePath:
         return self.base_name
 
 
+@dataclass(frozen=True, slots=True, order=True)
+class HashPart:
+    """A store path of which nothing but the hash part is known: whoever finds it says the name.
+
+    Raises :class:`InvalidData` where it is none.
+    """
+
+    hash_part: str
+
+    def __post_init__(self) -> None:
+        if not _HASH_PART.fullmatch(self.hash_part):
+            raise InvalidData(
+                f"{quote(self.hash_part)} is not {HASH_PART_LENGTH} characters of {NIX32_ALPHABET}"
+            )
+
+    @property
+    def base_name(self) -> str:
+        """What is known of the path's base name."""
+        return self.hash_part
+
+    def is_of(self, path: StorePath) -> bool:
+        """Whether ``path`` has this hash part."""
+        return path.hash_part == self.hash_part
+
+    def __str__(self) -> str:
+        return self.hash_part
+
+
 def _fault_of_name(name: str) -> str:
     if not name:
         return "is empty"
@@ -101,7 +129,7 @@ class StoreDir:
             raise InvalidData(f"{quote(text)} is not a store path in {self.path}")
         return StorePath.parse_base_name(base_name)
 
-    def format(self, path: StorePath) -> str:
+    def format(self, path: StorePath | HashPart) -> str:
         """Return the full path of ``path`` in this directory."""
         return f"{self.path}/{path.base_name}"
 

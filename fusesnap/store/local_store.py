@@ -14,7 +14,7 @@ from typing import Final, Self
 
 from fusesnap.errors import StorageFailure
 from fusesnap.nix.narinfo import NarInfo
-from fusesnap.nix.store_path import StoreDir, StorePath
+from fusesnap.nix.store_path import HashPart, StoreDir, StorePath
 from fusesnap.nix.tree import Tree
 from fusesnap.store.collection import Collected, Collection, Survey
 from fusesnap.store.collector_lock import CollectorLock
@@ -210,6 +210,11 @@ class LocalStore:
     def pin_of(self, ordinal: int) -> Pin | None:
         """Return the pin that has ``ordinal``."""
         return self._target.state.pin_of(ordinal)
+
+    def with_hash_part(self, part: HashPart) -> StorePath | None:
+        """Return the path with this hash part that is in the store, or was looked up before."""
+        valid = self._target.nix.with_hash_part(part)
+        return valid if valid is not None else self._target.state.with_hash_part(part)
 
     def valid_path_info(self, path: StorePath) -> ValidPathInfo | None:
         """Return what Nix's database says of ``path``, None where it is not valid."""

@@ -26,7 +26,7 @@ from fusesnap.nix.content_address import ContentAddress
 from fusesnap.nix.hash import Hash
 from fusesnap.nix.narinfo import NarInfo
 from fusesnap.nix.signature import Signature
-from fusesnap.nix.store_path import StoreDir, StorePath
+from fusesnap.nix.store_path import HashPart, StoreDir, StorePath
 from fusesnap.store.database import Database
 from fusesnap.store.storage_errors import storage
 
@@ -188,6 +188,14 @@ class NixDatabase:
         with self._database.reading("count paths in") as connection:
             row = connection.execute("SELECT count(*) FROM ValidPaths").fetchone()
         return int(row[0])
+
+    def with_hash_part(self, part: HashPart) -> StorePath | None:
+        """Return the valid path that has this hash part."""
+        first = f"{self._store_dir.path}/{part.hash_part}-"
+        query = "SELECT path FROM ValidPaths WHERE path >= ? ORDER BY path LIMIT 1"
+        with self._database.reading("look for a path in") as connection:
+            row = connection.execute(query, (first,)).fetchone()
+        return self._store_dir.parse(row[0]) if row and row[0].startswith(first) else None
 
     def closure(self, path: StorePath) -> list[StorePath]:
         """Return the closure of ``path``, itself included, sorted; empty where it is not valid."""

@@ -11,7 +11,7 @@ from typing import Final
 
 from fusesnap.errors import Unsupported
 from fusesnap.nix.narinfo import NarInfo, parse_narinfo
-from fusesnap.nix.store_path import StoreDir, StorePath
+from fusesnap.nix.store_path import HashPart, StoreDir, StorePath
 from fusesnap.store.database import Database
 
 SCHEMA_VERSION: Final = 2
@@ -128,6 +128,15 @@ class StateDatabase:
         query = "SELECT 1 FROM paths WHERE store_path = ? AND state = 'recorded'"
         with self._database.reading("look for paths in") as connection:
             return {name for name in base_names if connection.execute(query, (name,)).fetchone()}
+
+    def with_hash_part(self, part: HashPart) -> StorePath | None:
+        """Return the path with this hash part that is recorded, else one that is pinned."""
+        pin = self._select(
+            "store_path >= ? AND store_path < ? ORDER BY state = 'recorded' DESC, ordinal DESC",
+            f"{part}-",
+            f"{part}.",  # the next character
+        )
+        return None if pin is None else pin.info.store_path
 
     def all_recorded(self) -> dict[str, int]:
         """Return the base names of all recorded paths with their ordinals."""
@@ -313,10 +322,10 @@ class StateDatabase:
         )
         return Pin(row[0], info)
 
-    def _select(self, condition: str, value: str | int) -> Pin | None:
+    def _select(self, condition: str, *values: str | int) -> Pin | None:
         query = f"SELECT ordinal, narinfo FROM paths WHERE {condition} LIMIT 1"  # noqa: S608 - all are ours
         with self._database.reading("look for a path in") as connection:
-            row = connection.execute(query, (value,)).fetchone()
+            row = connection.execute(query, values).fetchone()
         return None if row is None else self._pin_from(*row)
 
     def _pin_from(self, ordinal: int, narinfo: str) -> Pin:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from fusesnap.errors import InvalidData, Unavailable
 from fusesnap.nix.cache_info import CacheInfo, parse_cache_info
 from fusesnap.nix.narinfo import NarInfo, parse_narinfo
-from fusesnap.nix.store_path import StoreDir, StorePath
+from fusesnap.nix.store_path import HashPart, StoreDir, StorePath
 from fusesnap.substituter.retry import Refusal
 
 # A compression that finds nothing to compress adds its frames: 4 bytes in 64 KiB (lz4), 3 in
@@ -25,7 +25,7 @@ def read_cache_info(url: str, data: bytes) -> CacheInfo:
         raise InvalidData(f"{url}: {error}") from error
 
 
-def read_narinfo(url: str, path: StorePath, data: bytes, store_dir: StoreDir) -> NarInfo:
+def read_narinfo(url: str, path: StorePath | HashPart, data: bytes, store_dir: StoreDir) -> NarInfo:
     """Parse what the cache ``url`` gave as the narinfo of ``path``.
 
     Raises InvalidData that names the cache, also where it is the narinfo of another path: the file
@@ -36,12 +36,15 @@ def read_narinfo(url: str, path: StorePath, data: bytes, store_dir: StoreDir) ->
         info = parse_narinfo(data, store_dir)
     except InvalidData as error:
         raise InvalidData(f"{url}: {name}: {error}") from error
-    if info.store_path != path:
+    is_right = (
+        path.is_of(info.store_path) if isinstance(path, HashPart) else info.store_path == path
+    )
+    if not is_right:
         raise InvalidData(f"{url}: {name}: expected the narinfo of {path}, got {info.store_path}'s")
     return info
 
 
-def narinfo_name(path: StorePath) -> str:
+def narinfo_name(path: StorePath | HashPart) -> str:
     """The name, within a cache, of the narinfo of ``path``."""
     return f"{path.hash_part}.narinfo"
 

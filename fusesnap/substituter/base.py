@@ -26,7 +26,7 @@ from typing import Final, Protocol
 
 from fusesnap.nix.cache_info import CacheInfo
 from fusesnap.nix.narinfo import NarInfo
-from fusesnap.nix.store_path import StoreDir, StorePath
+from fusesnap.nix.store_path import HashPart, StoreDir, StorePath
 
 # Nix's default of the store setting "priority" (src/libstore/binary-cache-store.hh).
 DEFAULT_PRIORITY: Final = 50
@@ -63,11 +63,12 @@ class Substituter(Protocol):
         priority. Raises Unavailable and InvalidData.
         """
 
-    async def narinfo(self, path: StorePath) -> NarInfo:
+    async def narinfo(self, path: StorePath | HashPart) -> NarInfo:
         """Ask for the narinfo of ``path``.
 
-        What comes back is well-formed and of exactly this path, and not yet trusted. Raises
-        PathNotFound, Unavailable, and InvalidData, also for a narinfo of another path.
+        What comes back is well-formed and of exactly this path, or of one with this hash part, and
+        not yet trusted. Raises PathNotFound, Unavailable, and InvalidData, also for a narinfo of
+        another path.
         """
 
     def nar(self, info: NarInfo) -> AbstractAsyncContextManager[AsyncIterator[bytes]]:

@@ -14,7 +14,7 @@ import trio
 from fusesnap.errors import FusesnapError, InvalidData, PathNotFound, Unavailable
 from fusesnap.nix.cache_info import MAX_CACHE_INFO_SIZE, CacheInfo
 from fusesnap.nix.narinfo import MAX_NARINFO_SIZE, NarInfo
-from fusesnap.nix.store_path import StoreDir, StorePath
+from fusesnap.nix.store_path import HashPart, StoreDir, StorePath
 from fusesnap.substituter.addresses import parse_file_url
 from fusesnap.substituter.answers import (
     MISSING_CACHE_INFO,
@@ -62,7 +62,7 @@ class FileSubstituter:
             return MISSING_CACHE_INFO
         return read_cache_info(self.url, data)
 
-    async def narinfo(self, path: StorePath) -> NarInfo:
+    async def narinfo(self, path: StorePath | HashPart) -> NarInfo:
         data = await self._small_file(narinfo_name(path), MAX_NARINFO_SIZE)
         return read_narinfo(self.url, path, data, self._store_dir)
 

@@ -14,7 +14,7 @@ import trio
 from fusesnap.errors import PathNotFound, Unavailable
 from fusesnap.nix.cache_info import MAX_CACHE_INFO_SIZE, CacheInfo
 from fusesnap.nix.narinfo import MAX_NARINFO_SIZE, NarInfo
-from fusesnap.nix.store_path import StoreDir, StorePath
+from fusesnap.nix.store_path import HashPart, StoreDir, StorePath
 from fusesnap.substituter.addresses import CacheAddress, parse_http_url
 from fusesnap.substituter.answers import (
     MISSING_CACHE_INFO,
@@ -110,7 +110,7 @@ class HttpSubstituter:
             return MISSING_CACHE_INFO
         return read_cache_info(self.url, data)
 
-    async def narinfo(self, path: StorePath) -> NarInfo:
+    async def narinfo(self, path: StorePath | HashPart) -> NarInfo:
         name = narinfo_name(path)
         async with self._lookups:
             data = await self._small_file(name, MAX_NARINFO_SIZE, forbidden=True)

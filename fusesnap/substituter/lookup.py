@@ -14,7 +14,7 @@ from fusesnap.errors import (
     Unavailable,
     UntrustedPath,
 )
-from fusesnap.nix.store_path import StoreDir, StorePath
+from fusesnap.nix.store_path import HashPart, StoreDir, StorePath
 
 
 class Lookup:
@@ -25,7 +25,11 @@ class Lookup:
     """
 
     def __init__(
-        self, path: StorePath, store_dir: StoreDir, seconds: float, urls: Iterable[str]
+        self,
+        path: StorePath | HashPart,
+        store_dir: StoreDir,
+        seconds: float,
+        urls: Iterable[str],
     ) -> None:
         self.path = path
         self._urls = tuple(urls)

@@ -19,7 +19,7 @@ from typing import Any, Final
 from fusesnap.errors import InvalidData
 from fusesnap.nix.cache_info import CacheInfo
 from fusesnap.nix.narinfo import NarInfo, parse_narinfo
-from fusesnap.nix.store_path import StoreDir, StorePath
+from fusesnap.nix.store_path import HashPart, StoreDir, StorePath
 from fusesnap.substituter.answers import read_narinfo
 
 DAY: Final = 24 * 3600.0
@@ -109,7 +109,9 @@ class NarInfoCache:
         """How many answers wait for :meth:`flush`."""
         return len(self._pending) + len(self._pending_infos)
 
-    def answer(self, url: str, path: StorePath, store_dir: StoreDir) -> CachedAnswer | None:
+    def answer(
+        self, url: str, path: StorePath | HashPart, store_dir: StoreDir
+    ) -> CachedAnswer | None:
         """What the cache ``url`` said of ``path``, or None where that is not known or too old."""
         key = (url, path.hash_part)
         row = self._unwritten(key) or self._stored(key)
@@ -139,12 +141,12 @@ class NarInfoCache:
         except InvalidData:  # of another store directory, or damaged on disk
             return None
 
-    def remember(self, url: str, path: StorePath, info: NarInfo | None) -> None:
+    def remember(self, url: str, path: StorePath | HashPart, info: NarInfo | None) -> None:
         """Keep an answer of the cache ``url``; None is that it has no such path."""
         narinfo = None if info is None else info.to_text().encode()
         self._change((url, path.hash_part), (self._clock(), narinfo))
 
-    def forget(self, url: str, path: StorePath) -> None:
+    def forget(self, url: str, path: StorePath | HashPart) -> None:
         """Drop what the cache ``url`` said of ``path``."""
         # Beyond any lifetime, so that it is a miss at once and gone with the next purge.
         self._change((url, path.hash_part), (float("-inf"), None))

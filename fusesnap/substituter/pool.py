@@ -17,7 +17,7 @@ from fusesnap.errors import (
 )
 from fusesnap.nix.narinfo import NarInfo
 from fusesnap.nix.signature import TrustedKeys
-from fusesnap.nix.store_path import StoreDir, StorePath
+from fusesnap.nix.store_path import HashPart, StoreDir, StorePath
 from fusesnap.nix.trust import check_trust
 from fusesnap.substituter.base import Substituter
 from fusesnap.substituter.lookup import Lookup
@@ -88,8 +88,12 @@ class SubstituterPool:
         self._finding = 0
         self._writing = False
 
-    async def find(self, path: StorePath, *, exclude: frozenset[str] = frozenset()) -> Offer:
+    async def find(
+        self, path: StorePath | HashPart, *, exclude: frozenset[str] = frozenset()
+    ) -> Offer:
         """Find the first cache that offers ``path``, leaving out those whose URL is in ``exclude``.
+
+        Of a hash part it offers the path that has it; which one that is, the signature says too.
 
         Raises PathNotFound where every cache said no, UntrustedPath where some offer it but none
         so that it can be trusted, and Unavailable where some could not answer or were left out; the
@@ -119,7 +123,7 @@ class SubstituterPool:
         """What is known of each cache, in the user's order."""
         return [watched.state() for watched in self._watched]
 
-    async def _find_in_turn(self, path: StorePath, exclude: frozenset[str]) -> Offer:
+    async def _find_in_turn(self, path: StorePath | HashPart, exclude: frozenset[str]) -> Offer:
         self._finding += 1
         try:
             async with self._turns:
@@ -127,7 +131,7 @@ class SubstituterPool:
         finally:
             self._finding -= 1
 
-    async def _find(self, path: StorePath, exclude: frozenset[str]) -> Offer:
+    async def _find(self, path: StorePath | HashPart, exclude: frozenset[str]) -> Offer:
         urls = (watched.url for watched in self._watched)
         lookup = Lookup(path, self._store_dir, self._deadline, urls)
         included = []
@@ -197,7 +201,7 @@ class SubstituterPool:
         watched: WatchedSubstituter,
         lookup: Lookup,
         left: int,
-        ask: Callable[[WatchedSubstituter, StorePath], Awaitable[Offer | None]],
+        ask: Callable[[WatchedSubstituter, StorePath | HashPart], Awaitable[Offer | None]],
     ) -> Offer | None:
         """Ask one of ``left`` caches, for no longer than its share of the time that remains."""
         return await self._bounded(
@@ -225,7 +229,9 @@ class SubstituterPool:
             lookup.note(watched.url, error)
         return None
 
-    async def _remembered_offer(self, watched: WatchedSubstituter, path: StorePath) -> Offer | None:
+    async def _remembered_offer(
+        self, watched: WatchedSubstituter, path: StorePath | HashPart
+    ) -> Offer | None:
         """What the cache offers, by memory if it was asked not long ago.
 
         None where it had nothing then, or nothing that is trusted now: to be asked again before
@@ -239,7 +245,7 @@ class SubstituterPool:
             return None
         return Offer(watched, cached.info)
 
-    async def _live_offer(self, watched: WatchedSubstituter, path: StorePath) -> Offer:
+    async def _live_offer(self, watched: WatchedSubstituter, path: StorePath | HashPart) -> Offer:
         await watched.cache_info()
         try:
             info = await watched.narinfo(path)

@@ -18,7 +18,7 @@ from fusesnap.errors import (
 from fusesnap.nix.cache_info import CacheInfo
 from fusesnap.nix.narinfo import NarInfo
 from fusesnap.nix.quoting import quote
-from fusesnap.nix.store_path import StoreDir, StorePath
+from fusesnap.nix.store_path import HashPart, StoreDir, StorePath
 from fusesnap.substituter.answers import MISSING_CACHE_INFO
 from fusesnap.substituter.base import DEFAULT_PRIORITY, Substituter
 from fusesnap.substituter.narinfo_cache import NarInfoCache
@@ -149,7 +149,7 @@ class WatchedSubstituter:
             raise self._refusal(info)
         return info
 
-    async def narinfo(self, path: StorePath) -> NarInfo:
+    async def narinfo(self, path: StorePath | HashPart) -> NarInfo:
         with self._noting():
             self._check_silence()
             self._narinfos_asked += 1

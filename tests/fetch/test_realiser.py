@@ -16,6 +16,7 @@ from fusesnap.errors import (
     InvalidData,
     PathNotFound,
     Unavailable,
+    UntrustedPath,
 )
 from fusesnap.fetch.events import (
     Asked,
@@ -28,7 +29,7 @@ from fusesnap.fetch.events import (
 )
 from fusesnap.fetch.priority import Priority
 from fusesnap.fetch.realiser import Limits
-from fusesnap.nix.store_path import StorePath
+from fusesnap.nix.store_path import HashPart, StorePath
 from fusesnap.nix.tree import Tree
 from fusesnap.store.local_store import LocalStore
 from fusesnap.substituter.memory import Fault, MemorySubstituter
@@ -312,3 +313,34 @@ async def test_what_becomes_of_a_path_is_told_in_order(make_realiser: MakeRealis
     with pytest.raises(PathNotFound) as caught:
         await realiser.realise(lost.path)
     assert heard == [Asked(lost.path), Boarded(lost.path), Landed(lost.path, caught.value)]
+
+
+async def test_a_hash_part_is_resolved_by_a_cache_and_then_by_the_store(
+    make_realiser: MakeRealiser,
+) -> None:
+    hello = sample("hello")
+    part = HashPart(hello.path.hash_part)
+    cache = cache_of(hello)
+    realiser = make_realiser(cache)
+    assert await realiser.resolve(part) == hello.path
+    await realiser.realise(hello.path)
+    cache.requests.clear()
+    assert await make_realiser(cache).resolve(part) == hello.path
+    assert cache.requests == []
+
+
+async def test_a_hash_part_that_nobody_has_or_signed(make_realiser: MakeRealiser) -> None:
+    hello = sample("hello")
+    part = HashPart(hello.path.hash_part)
+    with pytest.raises(PathNotFound, match=f"/nix/store/{part}: no substituter has it"):
+        await make_realiser(cache_of()).resolve(part)
+    with pytest.raises(UntrustedPath, match="no substituter offers it so that it is trusted"):
+        await make_realiser(cache_of(hello.signed_by())).resolve(part)
+
+
+async def test_a_narinfo_of_another_hash_part_is_not_taken(make_realiser: MakeRealiser) -> None:
+    hello, other = sample("hello"), sample("other")
+    cache = cache_of()
+    cache.files[other.narinfo_name] = hello.narinfo
+    with pytest.raises(FusesnapError, match=f"expected the narinfo of {other.path.hash_part}, got"):
+        await make_realiser(cache).resolve(HashPart(other.path.hash_part))

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from fusesnap.errors import InvalidData
 from fusesnap.nix.hash import NIX32_ALPHABET
-from fusesnap.nix.store_path import StoreDir, StorePath
+from fusesnap.nix.store_path import HashPart, StoreDir, StorePath
 
 HASH = "00000000000000000000000000000000"
 hash_parts = st.text(alphabet=NIX32_ALPHABET, min_size=32, max_size=32)
@@ -103,3 +103,16 @@ def test_other_store_directories_work() -> None:
     path = StorePath(HASH, "a")
     assert store_dir.parse(store_dir.format(path)) == path
     assert str(store_dir) == "/opt/..x/store"
+
+
+@pytest.mark.parametrize("text", ["", "0" * 31, "0" * 33, "e" * 32, "A" * 32, "0" * 31 + "-"])
+def test_what_is_no_hash_part(text: str) -> None:
+    with pytest.raises(InvalidData, match="is not 32 characters of"):
+        HashPart(text)
+
+
+def test_a_hash_part_is_that_of_any_name() -> None:
+    part = HashPart("0" * 32)
+    assert part.is_of(StorePath("0" * 32, "a"))
+    assert not part.is_of(StorePath("1" * 32, "a"))
+    assert StoreDir().format(part) == "/nix/store/" + "0" * 32
