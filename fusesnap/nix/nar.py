@@ -19,12 +19,30 @@ from enum import Enum
 from typing import Final
 
 from fusesnap.errors import InvalidData
+from fusesnap.nix.nar_grammar import (
+    CLOSE_ENTRY,
+    CLOSE_ROOT,
+    DEFAULT_LIMITS,
+    DIRECTORY,
+    END_ENTRY,
+    END_ROOT,
+    ENTRY,
+    EXECUTABLE,
+    MAGIC,
+    MAX_FILE_SIZE,
+    MAX_NAME_LENGTH,
+    MAX_TARGET_LENGTH,
+    NAME_NODE,
+    NODE,
+    REGULAR,
+    SYMLINK,
+    NarLimits,
+    check_name,
+    check_target,
+    spell,
+)
 from fusesnap.nix.quoting import quote
 from fusesnap.nix.receive_buffer import ReceiveBuffer
-
-MAX_NAME_LENGTH: Final = 255  # NAME_MAX of Linux
-MAX_TARGET_LENGTH: Final = 4095  # PATH_MAX of Linux without the NUL at its end
-MAX_FILE_SIZE: Final = 2**63 - 1  # off_t of Linux
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,72 +107,9 @@ class NeedData(Enum):
 NEED_DATA: Final = NeedData.NEED_DATA
 
 
-@dataclass(frozen=True, slots=True)
-class NarLimits:
-    """What a NAR from a stranger may ask of us."""
-
-    # A path of Linux has 4095 bytes, so no more than 2,047 names; file trees of real packages stay
-    # below 50.
-    max_depth: int = 512
-    # Each entry costs memory in the tree that is kept; the largest paths of nixpkgs have some
-    # 300,000.
-    max_entries: int = 4 * 1024 * 1024
-
-
-DEFAULT_LIMITS: Final = NarLimits()
-
-
-def _string(data: bytes) -> bytes:
-    return len(data).to_bytes(8, "little") + data + bytes(-len(data) % 8)
-
-
-def _strings(*items: bytes) -> bytes:
-    return b"".join(map(_string, items))
-
-
-def _after_padding(literal: bytes) -> tuple[bytes, ...]:
-    """Return ``literal`` behind the padding of a string, by the string's length modulo 8."""
-    return tuple(bytes(-length % 8) + literal for length in range(8))
-
-
-_MAGIC: Final = _strings(b"nix-archive-1", b"(", b"type")
-_REGULAR: Final = _strings(b"regular", b"contents")
-_EXECUTABLE: Final = _strings(b"regular", b"executable", b"", b"contents")
-_DIRECTORY: Final = _strings(b"directory")
-_SYMLINK: Final = _strings(b"symlink", b"target")
-_ENTRY: Final = _strings(b"entry", b"(", b"name")
-_NODE: Final = _strings(b"node", b"(", b"type")
-_CLOSE_ROOT: Final = _strings(b")")
-_CLOSE_ENTRY: Final = _strings(b")", b")")
-_NAME_NODE: Final = _after_padding(_NODE)
-_END_ROOT: Final = _after_padding(_CLOSE_ROOT)
-_END_ENTRY: Final = _after_padding(_CLOSE_ENTRY)
 _DIRECTORY_END: Final = DirectoryEnd()
 _FILE_END: Final = FileEnd()
 _NAR_END: Final = NarEnd()
-
-
-def _check_name(name: bytes, previous: bytes) -> None:
-    """Check the name of a directory's entry that comes after ``previous`` (empty before the first)."""
-    if not name:
-        raise InvalidData("empty name")
-    if len(name) > MAX_NAME_LENGTH:
-        raise InvalidData(f"name of {len(name)} bytes, expected at most {MAX_NAME_LENGTH}")
-    if name in (b".", b".."):
-        raise InvalidData(f"name {quote(name)} is reserved")
-    if b"/" in name or b"\0" in name:
-        raise InvalidData(f"name {quote(name)} has a slash or a NUL")
-    if name == previous:
-        raise InvalidData(f"name {quote(name)} comes twice")
-    if name < previous:
-        raise InvalidData(f"name {quote(name)} comes after {quote(previous)}: not sorted")
-
-
-def _check_target(target: bytes) -> None:
-    if len(target) > MAX_TARGET_LENGTH:
-        raise InvalidData(f"target of {len(target)} bytes, expected at most {MAX_TARGET_LENGTH}")
-    if not target or b"\0" in target:
-        raise InvalidData(f"target {quote(target)} is empty or has a NUL")
 
 
 class NarParser:
@@ -206,9 +161,9 @@ class NarParser:
 
     def _magic(self) -> _Step:
         buffer = self._buffer
-        if not buffer.data.startswith(_MAGIC, buffer.position):
-            return self._more(_MAGIC)
-        buffer.position += len(_MAGIC)
+        if not buffer.data.startswith(MAGIC, buffer.position):
+            return self._more(MAGIC)
+        buffer.position += len(MAGIC)
         self._entries = 1
         self._state = NarParser._type
         return None
@@ -216,15 +171,15 @@ class NarParser:
     def _type(self) -> _Step:
         buffer = self._buffer
         data, position = buffer.data, buffer.position
-        if data.startswith(_REGULAR, position):
-            return self._regular(position + len(_REGULAR), executable=False)
-        if data.startswith(_DIRECTORY, position):
-            return self._open_directory(position + len(_DIRECTORY))
-        if data.startswith(_EXECUTABLE, position):
-            return self._regular(position + len(_EXECUTABLE), executable=True)
-        if data.startswith(_SYMLINK, position):
-            return self._symlink(position + len(_SYMLINK))
-        return self._more(_REGULAR, _EXECUTABLE, _DIRECTORY, _SYMLINK)
+        if data.startswith(REGULAR, position):
+            return self._regular(position + len(REGULAR), executable=False)
+        if data.startswith(DIRECTORY, position):
+            return self._open_directory(position + len(DIRECTORY))
+        if data.startswith(EXECUTABLE, position):
+            return self._regular(position + len(EXECUTABLE), executable=True)
+        if data.startswith(SYMLINK, position):
+            return self._symlink(position + len(SYMLINK))
+        return self._more(REGULAR, EXECUTABLE, DIRECTORY, SYMLINK)
 
     def _regular(self, position: int, *, executable: bool) -> _Step:
         buffer = self._buffer
@@ -257,7 +212,7 @@ class NarParser:
 
     def _file_end(self) -> _Step:
         padding = self._size % 8
-        closing = (_END_ENTRY if self._names else _END_ROOT)[padding]
+        closing = (END_ENTRY if self._names else END_ROOT)[padding]
         buffer = self._buffer
         if not buffer.data.startswith(closing, buffer.position):
             return self._more(closing, padding=-padding % 8)
@@ -276,11 +231,11 @@ class NarParser:
         end = position + 8 + length
         if len(data) < end:
             return self._wait()
-        closing = (_END_ENTRY if self._names else _END_ROOT)[length % 8]
+        closing = (END_ENTRY if self._names else END_ROOT)[length % 8]
         if not data.startswith(closing, end):
             return self._more(closing, start=end, padding=-length % 8)
         target = data[position + 8 : end]
-        self._check(_check_target, target)
+        self._check(check_target, target)
         self._close_object(end + len(closing))
         return Symlink(self._name, target)
 
@@ -295,11 +250,11 @@ class NarParser:
     def _directory(self) -> _Step:
         buffer = self._buffer
         data, position = buffer.data, buffer.position
-        if data.startswith(_ENTRY, position):
-            return self._entry(position + len(_ENTRY))
-        closing = _CLOSE_ENTRY if len(self._names) > 1 else _CLOSE_ROOT
+        if data.startswith(ENTRY, position):
+            return self._entry(position + len(ENTRY))
+        closing = CLOSE_ENTRY if len(self._names) > 1 else CLOSE_ROOT
         if not data.startswith(closing, position):
-            return self._more(_ENTRY, closing)
+            return self._more(ENTRY, closing)
         self._names.pop()
         self._close_object(position + len(closing))
         return _DIRECTORY_END
@@ -314,11 +269,11 @@ class NarParser:
         end = position + 8 + length
         if len(data) < end:
             return self._wait()
-        node = _NAME_NODE[length % 8]
+        node = NAME_NODE[length % 8]
         if not data.startswith(node, end):
             return self._more(node, start=end, padding=-length % 8)
         name = data[position + 8 : end]
-        self._check(_check_name, name, self._names[-1])
+        self._check(check_name, name, self._names[-1])
         self._name = self._names[-1] = name
         self._entries += 1
         if self._entries > self._limits.max_entries:
@@ -404,7 +359,7 @@ def _difference(found: bytes, literals: list[bytes]) -> str:
         candidates = [c[1:] for c in agreeing]
     expected = [_text(c[0]) for c in candidates if c]
     text = _text(found)
-    if text in expected and found.startswith(_string(text)[: 8 + len(text)]):
+    if text in expected and found.startswith(spell(text)[: 8 + len(text)]):
         return f"padding of {quote(text)} is not zero"
     return f"expected {' or '.join(dict.fromkeys(map(quote, expected)))}, got {quote(text, 32)}"
 
@@ -448,22 +403,22 @@ class _Writer:
             raise InvalidData(f"NAR: entry {quote(name)} does not belong here")
         if not self._started:
             self._started = True
-            return _MAGIC
-        _check_name(name, self._names[-1])
+            return MAGIC
+        check_name(name, self._names[-1])
         self._names[-1] = name
-        return _ENTRY + _string(name) + _NODE
+        return ENTRY + spell(name) + NODE
 
     def _object(self, event: DirectoryStart | RegularFile | Symlink) -> bytes:
         match event:
             case DirectoryStart():
                 self._names.append(b"")
-                return _DIRECTORY
+                return DIRECTORY
             case RegularFile(_, size, executable):
                 self._size = self._left = size
-                return (_EXECUTABLE if executable else _REGULAR) + size.to_bytes(8, "little")
+                return (EXECUTABLE if executable else REGULAR) + size.to_bytes(8, "little")
             case Symlink(_, target):
-                _check_target(target)
-                return _SYMLINK + _string(target) + self._closing()
+                check_target(target)
+                return SYMLINK + spell(target) + self._closing()
 
     def _in_file(self) -> int:
         if self._left is None:
@@ -473,7 +428,7 @@ class _Writer:
         return self._left
 
     def _closing(self) -> bytes:
-        return _CLOSE_ENTRY if self._names else _CLOSE_ROOT
+        return CLOSE_ENTRY if self._names else CLOSE_ROOT
 
 
 def nar_bytes(events: Iterable[NarEvent]) -> Iterator[bytes]:

@@ -19,6 +19,18 @@ from fusesnap.nix.nar import (
     RegularFile,
     Symlink,
 )
+from fusesnap.nix.nar_grammar import (
+    CLOSE_ENTRY,
+    CLOSE_ROOT,
+    DIRECTORY,
+    ENTRY,
+    EXECUTABLE,
+    MAGIC,
+    NODE,
+    REGULAR,
+    SYMLINK,
+    spelled_size,
+)
 from fusesnap.nix.tree import Tree, TreeBuilder
 from fusesnap.store.storage_errors import storage
 
@@ -53,25 +65,6 @@ def nar_events(location: Path) -> Iterator[NarEvent]:
     return _Walk(location, contents=True).events()
 
 
-def _string_size(length: int) -> int:
-    return 8 + length + -length % 8
-
-
-def _sizes(*words: bytes) -> int:
-    return sum(_string_size(len(word)) for word in words)
-
-
-# Nix manual, "Nix Archive (NAR) format": how many bytes stand before, between and behind what has a length of its own.
-_MAGIC_SIZE: Final = _sizes(b"nix-archive-1")
-_REGULAR_SIZE: Final = _sizes(b"(", b"type", b"regular", b"contents") + 8
-_EXECUTABLE_SIZE: Final = _sizes(b"executable", b"")
-_SYMLINK_SIZE: Final = _sizes(b"(", b"type", b"symlink", b"target")
-_DIRECTORY_SIZE: Final = _sizes(b"(", b"type", b"directory")
-_CLOSE_SIZE: Final = _sizes(b")")
-_BEFORE_NAME_SIZE: Final = _sizes(b"entry", b"(", b"name")
-_AFTER_NAME_SIZE: Final = _sizes(b"node")
-
-
 class _Walk:
     """Walks a tree in NAR order, counting the bytes that its NAR has so far.
 
@@ -82,7 +75,7 @@ class _Walk:
     def __init__(self, location: Path, *, contents: bool) -> None:
         self._location = location
         self._contents = contents
-        self._offset = _MAGIC_SIZE
+        self._offset = len(MAGIC)
         self._directory = -1
         self._waiting: list[
             list[bytes]
@@ -108,7 +101,7 @@ class _Walk:
         names = self._waiting[-1]
         if names:
             name = names.pop()
-            self._offset += _BEFORE_NAME_SIZE + _string_size(len(name)) + _AFTER_NAME_SIZE
+            self._offset += len(ENTRY) + spelled_size(len(name)) + len(NODE)
             yield from self._object(name, name)
             return
         self._waiting.pop()
@@ -123,13 +116,13 @@ class _Walk:
             yield from self._file(name, event_name, status)
         elif stat.S_ISDIR(status.st_mode):
             self._enter(name)
-            self._offset += _DIRECTORY_SIZE
+            self._offset += len(DIRECTORY)
             names = map(os.fsencode, os.listdir(self._directory))
             self._waiting.append(sorted(names, reverse=True))
             yield DirectoryStart(event_name)
         elif stat.S_ISLNK(status.st_mode):
             target = os.readlink(name, dir_fd=self._directory)
-            self._offset += _SYMLINK_SIZE + _string_size(len(target))
+            self._offset += len(SYMLINK) + spelled_size(len(target))
             self._close_object()
             yield Symlink(event_name, target)
         else:
@@ -139,7 +132,7 @@ class _Walk:
 
     def _file(self, name: bytes, event_name: bytes, status: os.stat_result) -> Iterator[NarEvent]:
         executable = bool(status.st_mode & stat.S_IXUSR)
-        self._offset += _REGULAR_SIZE + (_EXECUTABLE_SIZE if executable else 0)
+        self._offset += len(EXECUTABLE if executable else REGULAR) + 8
         offset = self._offset
         self._offset += status.st_size + -status.st_size % 8
         self._close_object()
@@ -169,6 +162,4 @@ class _Walk:
         self._directory = entered
 
     def _close_object(self) -> None:
-        self._offset += _CLOSE_SIZE * (
-            2 if self._waiting else 1
-        )  # an entry has a bracket of its own
+        self._offset += len(CLOSE_ENTRY if self._waiting else CLOSE_ROOT)

@@ -17,13 +17,13 @@ from fusesnap.nix.nar import (
     FileEnd,
     NarEnd,
     NarEvent,
-    NarLimits,
     NarParser,
     NeedData,
     RegularFile,
     Symlink,
     nar_bytes,
 )
+from fusesnap.nix.nar_grammar import NarLimits
 
 PIECE = 64 * 1024
 
