@@ -90,9 +90,30 @@ def store(answer: dict[str, Any]) -> str:
 
 def cache(each: dict[str, Any]) -> list[str]:
     """A line about a substituter."""
+    return [
+        each["url"],
+        f"{each['narinfos']} narinfos",
+        size(each["bytes"]),
+        breaker(each),
+        condition(each),
+    ]
+
+
+def breaker(each: dict[str, Any]) -> str:
+    """Whether requests go to a substituter: ``closed`` is that they do."""
+    if each["breaker"] == "closed":
+        return "closed" if not each["retry_in"] else f"silent for {each['retry_in']:.0f} s"
+    after = f", tried in {each['retry_in']:.1f} s" if each["breaker"] == "open" else ""
+    return click.style(f"{each['breaker']}{after}", fg="red")
+
+
+def condition(each: dict[str, Any]) -> str:
+    """What was last wrong with a substituter."""
     last = each["last_error"]
-    state = click.style(f"last error: {last}", fg="yellow") if last else "ok"
-    return [each["url"], f"{each['narinfos']} narinfos", size(each["bytes"]), state]
+    if not last:
+        return "ok"
+    avoided = f"avoided for {each['avoided_for']:.0f} s, " if each["avoided_for"] else ""
+    return click.style(f"{avoided}last error: {last}", fg="yellow")
 
 
 def fetching(each: dict[str, Any]) -> list[str]:

@@ -79,6 +79,11 @@ def cache(state: CacheState) -> dict[str, Any]:
         "last_error": state.last_error,
         "narinfos": state.narinfos_asked,
         "bytes": state.bytes_received,
+        "breaker": state.breaker.value,
+        "failures": state.failures,
+        "retry_in": round(state.retry_in, 3),
+        "bad_nars": state.bad_nars,
+        "avoided_for": round(state.avoided_for, 3),
     }
 
 

@@ -11,6 +11,7 @@ import trio
 from fusesnap.errors import (
     DeadlineExceeded,
     FusesnapError,
+    InvalidData,
     PathNotFound,
     Unavailable,
     UntrustedPath,
@@ -20,6 +21,7 @@ from fusesnap.nix.signature import TrustedKeys
 from fusesnap.nix.store_path import HashPart, StoreDir, StorePath
 from fusesnap.nix.trust import check_trust
 from fusesnap.substituter.base import Substituter
+from fusesnap.substituter.breaker import DEFAULT_BREAKER, BreakerPolicy
 from fusesnap.substituter.lookup import Lookup
 from fusesnap.substituter.narinfo_cache import NarInfoCache
 from fusesnap.substituter.retry import RetryPolicy, may_mend
@@ -50,7 +52,7 @@ class SubstituterPool:
     ``deadline`` is in seconds, for one lookup over all caches, from the moment that it begins.
     ``retry`` says how often those caches are asked again that could not answer, when no other has
     the path. ``clock`` is a monotonic one in seconds, and ``failure_memory`` the time for which a
-    cache that failed is asked last.
+    cache that failed is asked last. ``breaker`` says when a cache is not asked at all.
     """
 
     def __init__(
@@ -64,6 +66,7 @@ class SubstituterPool:
         deadline: float,
         clock: Callable[[], float] = trio.current_time,
         failure_memory: float = FAILURE_MEMORY,
+        breaker: BreakerPolicy = DEFAULT_BREAKER,
     ) -> None:
         unique: dict[str, Substituter] = {}
         for substituter in substituters:
@@ -76,6 +79,7 @@ class SubstituterPool:
                 narinfo_cache=narinfo_cache,
                 clock=clock,
                 failure_memory=failure_memory,
+                breaker=breaker,
             )
             for order, substituter in enumerate(unique.values())
         ]
@@ -115,8 +119,8 @@ class SubstituterPool:
         """
         self._narinfo_cache.forget(offer.substituter.url, offer.narinfo.store_path)
         for watched in self._watched:
-            if watched.url == offer.substituter.url and not isinstance(error, PathNotFound):
-                watched.note_failure(error)
+            if watched.url == offer.substituter.url:
+                _note_bad_offer(watched, error)
         await self._save_answers()
 
     def states(self) -> list[CacheState]:
@@ -276,3 +280,10 @@ class SubstituterPool:
 
     def _is_writing_due(self) -> bool:
         return self._narinfo_cache.pending > (_UNWRITTEN if self._finding else 0)
+
+
+def _note_bad_offer(watched: WatchedSubstituter, error: FusesnapError) -> None:
+    if isinstance(error, InvalidData):
+        watched.note_bad_nar(error)
+    elif not isinstance(error, PathNotFound):
+        watched.demote(error)

@@ -21,6 +21,7 @@ from fusesnap.nix.quoting import quote
 from fusesnap.nix.store_path import HashPart, StoreDir, StorePath
 from fusesnap.substituter.answers import MISSING_CACHE_INFO
 from fusesnap.substituter.base import DEFAULT_PRIORITY, Substituter
+from fusesnap.substituter.breaker import DEFAULT_BREAKER, Breaker, BreakerPolicy, BreakerState
 from fusesnap.substituter.narinfo_cache import NarInfoCache
 from fusesnap.substituter.retry import Refusal, Throttled, may_mend
 
@@ -39,6 +40,10 @@ class CacheState:
     ``priority`` and ``reachable`` are None as long as nothing has been asked. ``last_error`` is the
     message of the failure that makes it unreachable, or why it is refused. ``narinfos_asked`` counts
     requests, not those answered from disk. ``bytes_received`` counts NARs, as they were stored.
+
+    ``breaker`` says whether requests go to it at all, ``failures`` how many failed in a row, and ``retry_in`` for how
+    many seconds none goes. ``bad_nars`` counts NARs that were not what their narinfo announced; for ``avoided_for``
+    seconds it is asked last because of the newest of them.
     """
 
     url: str
@@ -47,6 +52,11 @@ class CacheState:
     last_error: str | None
     narinfos_asked: int
     bytes_received: int
+    breaker: BreakerState = BreakerState.CLOSED
+    failures: int = 0
+    retry_in: float = 0.0
+    bad_nars: int = 0
+    avoided_for: float = 0.0
 
 
 @dataclass(slots=True)
@@ -57,8 +67,8 @@ class _Question:
     error: FusesnapError | None = None
 
 
-class _Silent(Throttled):
-    """No request was sent, because the cache had asked for that."""
+class Silenced(Throttled):
+    """No request was sent: the cache had asked for that, or it failed too often in a row."""
 
 
 class WatchedSubstituter:
@@ -77,6 +87,7 @@ class WatchedSubstituter:
         narinfo_cache: NarInfoCache,
         clock: Callable[[], float],
         failure_memory: float = FAILURE_MEMORY,
+        breaker: BreakerPolicy = DEFAULT_BREAKER,
     ) -> None:
         self._substituter = substituter
         self._order = order
@@ -91,6 +102,10 @@ class WatchedSubstituter:
         self._answered = False
         self._last_until = float("-inf")
         self._silent_until = float("-inf")
+        self._breaker = Breaker(clock, breaker)
+        self._bad_nar: FusesnapError | None = None
+        self._bad_nars = 0
+        self._avoided_until = float("-inf")
         self._narinfos_asked = 0
         self._bytes_received = 0
 
@@ -104,8 +119,16 @@ class WatchedSubstituter:
 
     @property
     def silence(self) -> float:
-        """Seconds for which the cache asked to be left alone; 0 if it did not."""
+        """Seconds for which the cache is left alone: because it asked for that, or failed too often; else 0."""
+        return max(self._asked_silence, self._breaker.wait())
+
+    @property
+    def _asked_silence(self) -> float:
         return max(0.0, self._silent_until - self._clock())
+
+    @property
+    def _avoided_for(self) -> float:
+        return max(0.0, self._avoided_until - self._clock())
 
     def place(self) -> tuple[bool, int, int]:
         """What the pool sorts by: whether to ask last, priority, order."""
@@ -117,8 +140,8 @@ class WatchedSubstituter:
 
     def state(self) -> CacheState:
         """What is known of it now."""
-        known = self._answered or self._error is not None
-        error = self._error
+        error = self._error if self._avoided_for <= 0 else self._bad_nar
+        known = self._answered or error is not None
         if self._info is not None and not self._is_ours(self._info):
             error = self._refusal(self._info)
         return CacheState(
@@ -128,6 +151,11 @@ class WatchedSubstituter:
             last_error=None if error is None else str(error),
             narinfos_asked=self._narinfos_asked,
             bytes_received=self._bytes_received,
+            breaker=self._breaker.state,
+            failures=self._breaker.failures,
+            retry_in=self.silence,
+            bad_nars=self._bad_nars,
+            avoided_for=self._avoided_for,
         )
 
     async def cache_info(self) -> CacheInfo:
@@ -150,8 +178,8 @@ class WatchedSubstituter:
         return info
 
     async def narinfo(self, path: StorePath | HashPart) -> NarInfo:
+        self._check_silence()
         with self._noting():
-            self._check_silence()
             self._narinfos_asked += 1
             return await self._substituter.narinfo(path)
 
@@ -164,14 +192,25 @@ class WatchedSubstituter:
             yield counted
 
     def note_failure(self, error: FusesnapError) -> None:
-        """The cache failed: it goes last for a while."""
-        if isinstance(error, _Silent):
-            return  # it is known, and its time must not begin anew
-        now = self._clock()
-        self._error = error
-        self._last_until = now + self._failure_memory
+        """A request failed: the cache goes last for a while, and is not asked at all if it goes on like that."""
+        self.demote(error)
         if isinstance(error, Throttled):
-            self._silent_until = now + min(error.retry_after, _LONGEST_SILENCE)
+            self._silent_until = self._clock() + min(error.retry_after, _LONGEST_SILENCE)
+        else:
+            self._breaker.fail()
+
+    def demote(self, error: FusesnapError) -> None:
+        """What the cache offered could not be had: it goes last until it answers well, or for a while."""
+        if isinstance(error, Silenced):
+            return  # it is known, and its time must not begin anew
+        self._error = error
+        self._last_until = self._clock() + self._failure_memory
+
+    def note_bad_nar(self, error: FusesnapError) -> None:
+        """A NAR was not what its narinfo announced: the cache goes last for a while, however well it answers."""
+        self._bad_nar = error
+        self._bad_nars += 1
+        self._avoided_until = self._clock() + self._failure_memory
 
     def _has_its_turn(self) -> bool:
         """Whether to ask it in its order rather than last.
@@ -180,7 +219,7 @@ class WatchedSubstituter:
         lookup tries how it is now, and for others it stays last until it has answered.
         """
         now = self._clock()
-        if now < self._last_until:
+        if now < self._last_until or now < self._avoided_until:
             return False
         if self._error is not None:
             self._last_until = now + self._failure_memory
@@ -190,10 +229,12 @@ class WatchedSubstituter:
         self._answered = True
         self._error = None
         self._last_until = float("-inf")
+        self._breaker.succeed()
 
     @contextmanager
     def _noting(self) -> Iterator[None]:
         """Learn from how a request ends; one that is cancelled teaches nothing."""
+        trying = self._breaker.begin()
         try:
             yield
         except (Unavailable, InvalidData) as error:
@@ -201,6 +242,10 @@ class WatchedSubstituter:
             raise
         except FusesnapError:
             self._note_success()
+            raise
+        except BaseException:
+            if trying:
+                self._breaker.abandon()
             raise
         self._note_success()
 
@@ -211,10 +256,18 @@ class WatchedSubstituter:
                 yield piece
 
     def _check_silence(self) -> None:
-        if self.silence > 0:
-            raise _Silent(
-                f"{self.url}: asked to be left alone for another {self.silence:g} s", self.silence
+        asked, pause = self._asked_silence, self._breaker.wait()
+        if asked > 0 and asked >= pause:
+            raise Silenced(f"{self.url}: asked to be left alone for another {asked:g} s", asked)
+        if pause > 0:
+            raise Silenced(
+                f"{self.url}: not asked for another {pause:.3g} s, because it failed"
+                f" {self._breaker.failures} times in a row; the last time: {self._last_failure()}",
+                pause,
             )
+
+    def _last_failure(self) -> str:
+        return str(self._error).removeprefix(f"{self.url}: ")
 
     async def _ask_cache_info(self) -> None:
         question = self._question = _Question()
@@ -233,8 +286,8 @@ class WatchedSubstituter:
             question.answered.set()
 
     async def _request_cache_info(self) -> CacheInfo:
+        self._check_silence()
         with self._noting():
-            self._check_silence()
             info = await self._substituter.cache_info()
         # Neither what a mistake says, nor what was assumed for want of an answer, is kept for days.
         if self._is_ours(info) and info != MISSING_CACHE_INFO:

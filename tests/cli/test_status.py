@@ -44,6 +44,9 @@ def answer(**changes: Any) -> dict[str, Any]:
                 "narinfos": 5,
                 "bytes": 1_200_000,
                 "last_error": None,
+                "breaker": "closed",
+                "retry_in": 0.0,
+                "avoided_for": 0.0,
             }
         ],
         "store": {
@@ -131,3 +134,24 @@ def test_columns_are_aligned_whatever_their_colour() -> None:
 )
 def test_sizes_have_units(count: int | None, text: str) -> None:
     assert size(count) == text
+
+
+def test_a_cache_that_is_not_asked_says_so_and_when_it_will_be() -> None:
+    down = {
+        "breaker": "open",
+        "retry_in": 7.25,
+        "last_error": "http://cache: no connection: Connection refused",
+    }
+    bad = {"avoided_for": 41.0, "last_error": "http://cache: hash is wrong"}
+    shown = []
+    for changes in ({}, down, {"breaker": "half-open"}, {"retry_in": 12.0}, bad):
+        caches = [answer()["caches"][0] | changes]
+        line = next(line for line in lines(answer(caches=caches)) if line.startswith("cache"))
+        shown.append(click.unstyle(line).partition("1.2 MB  ")[2])
+    assert shown == [
+        "closed  ok",
+        "open, tried in 7.2 s  last error: http://cache: no connection: Connection refused",
+        "half-open  ok",
+        "silent for 12 s  ok",
+        "closed  avoided for 41 s, last error: http://cache: hash is wrong",
+    ]

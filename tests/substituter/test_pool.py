@@ -208,7 +208,7 @@ async def test_states(make_pool: MakePool) -> None:
     await read(await pool.find(SAMPLE.path))
     assert pool.states() == [
         CacheState("memory://a", 40, True, None, 1, len(SAMPLE.file)),
-        CacheState("memory://b", None, False, "memory://b: no connection", 0, 0),
+        CacheState("memory://b", None, False, "memory://b: no connection", 0, 0, failures=1),
     ]
 
 

@@ -12,6 +12,8 @@ from fusesnap.errors import (
     PathNotFound,
     Unavailable,
 )
+from fusesnap.nix.store_path import StorePath
+from fusesnap.substituter.breaker import BreakerState
 from fusesnap.substituter.memory import Fault
 from fusesnap.substituter.pool import Offer
 from fusesnap.substituter.retry import Refusal, Throttled
@@ -136,7 +138,67 @@ async def test_cache_whose_file_breaks_off_is_asked_last(make_pool: MakePool) ->
     assert (await pool.find(other.path)).substituter.url == "memory://b"
 
 
+async def test_cache_with_a_bad_file_is_avoided_however_well_it_answers(
+    make_pool: MakePool, autojump_clock: MockClock
+) -> None:
+    only, other = sample("only"), sample("other")
+    first, second = memory("a", SAMPLE, only, other, priority=10), memory("b", SAMPLE, other)
+    pool = make_pool(first, second)
+    await pool.report_bad(
+        await pool.find(SAMPLE.path), ContentMismatch("memory://a: hash is wrong")
+    )
+    assert (await pool.find(only.path)).substituter.url == "memory://a"
+    assert (await pool.find(other.path)).substituter.url == "memory://b"
+    state = pool.states()[0]
+    assert (state.reachable, state.bad_nars, state.avoided_for) == (False, 1, 60)
+    await trio.sleep(60)
+    assert (await pool.find(SAMPLE.path)).substituter.url == "memory://a"
+    assert pool.states()[0].reachable
+
+
 # Time
+
+
+async def test_many_who_wait_for_a_dead_cache_send_few_requests(
+    make_pool: MakePool, autojump_clock: MockClock
+) -> None:
+    paths = [sample(f"p-{n}", size=1) for n in range(500)]
+    dead = memory("a", *paths)
+    pool = make_pool(dead, attempts=10, deadline=30)
+    await pool.find(paths[0].path)
+    dead.requests.clear()
+    for each in paths:
+        dead.script(each.narinfo_name, *[BROKEN] * 100)
+    messages = []
+
+    async def find(path: StorePath) -> None:
+        with pytest.raises(Unavailable) as caught:
+            await pool.find(path)
+        messages.append(str(caught.value))
+
+    async with trio.open_nursery() as nursery:
+        for each in paths[1:]:
+            nursery.start_soon(find, each.path)
+    assert len(messages) == 499
+    # Those that were under way when it failed, and then one at a time: not 10 for each.
+    assert len(dead.requests) < 150
+    state = pool.states()[0]
+    assert state.breaker is not BreakerState.CLOSED
+    assert "times in a row; the last time: 500 internal server error" in messages[-1]
+
+
+async def test_cache_that_is_back_is_noticed_by_all_who_wait(
+    make_pool: MakePool, autojump_clock: MockClock
+) -> None:
+    paths = [sample(f"p-{n}", size=1) for n in range(50)]
+    cache = memory("a", *paths)
+    pool = make_pool(cache, attempts=20, deadline=30)
+    for each in paths:
+        cache.script(each.narinfo_name, BROKEN)
+    async with trio.open_nursery() as nursery:
+        for each in paths:
+            nursery.start_soon(pool.find, each.path)
+    assert pool.states()[0].breaker is BreakerState.CLOSED
 
 
 async def test_dead_cache_costs_its_timeout_once(
