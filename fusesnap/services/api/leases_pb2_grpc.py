@@ -4,6 +4,7 @@ import grpc
 import warnings
 
 from fusesnap.services.api import leases_pb2 as fusesnap_dot_services_dot_api_dot_leases__pb2
+from google.protobuf import empty_pb2 as google_dot_protobuf_dot_empty__pb2
 
 GRPC_GENERATED_VERSION = '1.85.1'
 GRPC_VERSION = grpc.__version__
@@ -39,6 +40,16 @@ class LeasesStub:
                 request_serializer=fusesnap_dot_services_dot_api_dot_leases__pb2.CreateRequest.SerializeToString,
                 response_deserializer=fusesnap_dot_services_dot_api_dot_leases__pb2.CreateResponse.FromString,
                 _registered_method=True)
+        self.Delete = channel.unary_unary(
+                '/containerd.services.leases.v1.Leases/Delete',
+                request_serializer=fusesnap_dot_services_dot_api_dot_leases__pb2.DeleteRequest.SerializeToString,
+                response_deserializer=google_dot_protobuf_dot_empty__pb2.Empty.FromString,
+                _registered_method=True)
+        self.List = channel.unary_unary(
+                '/containerd.services.leases.v1.Leases/List',
+                request_serializer=fusesnap_dot_services_dot_api_dot_leases__pb2.ListRequest.SerializeToString,
+                response_deserializer=fusesnap_dot_services_dot_api_dot_leases__pb2.ListResponse.FromString,
+                _registered_method=True)
 
 
 class LeasesServicer:
@@ -51,6 +62,18 @@ class LeasesServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Delete(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def List(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_LeasesServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -58,6 +81,16 @@ def add_LeasesServicer_to_server(servicer, server):
                     servicer.Create,
                     request_deserializer=fusesnap_dot_services_dot_api_dot_leases__pb2.CreateRequest.FromString,
                     response_serializer=fusesnap_dot_services_dot_api_dot_leases__pb2.CreateResponse.SerializeToString,
+            ),
+            'Delete': grpc.unary_unary_rpc_method_handler(
+                    servicer.Delete,
+                    request_deserializer=fusesnap_dot_services_dot_api_dot_leases__pb2.DeleteRequest.FromString,
+                    response_serializer=google_dot_protobuf_dot_empty__pb2.Empty.SerializeToString,
+            ),
+            'List': grpc.unary_unary_rpc_method_handler(
+                    servicer.List,
+                    request_deserializer=fusesnap_dot_services_dot_api_dot_leases__pb2.ListRequest.FromString,
+                    response_serializer=fusesnap_dot_services_dot_api_dot_leases__pb2.ListResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -87,6 +120,60 @@ class Leases:
             '/containerd.services.leases.v1.Leases/Create',
             fusesnap_dot_services_dot_api_dot_leases__pb2.CreateRequest.SerializeToString,
             fusesnap_dot_services_dot_api_dot_leases__pb2.CreateResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Delete(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/containerd.services.leases.v1.Leases/Delete',
+            fusesnap_dot_services_dot_api_dot_leases__pb2.DeleteRequest.SerializeToString,
+            google_dot_protobuf_dot_empty__pb2.Empty.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def List(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/containerd.services.leases.v1.Leases/List',
+            fusesnap_dot_services_dot_api_dot_leases__pb2.ListRequest.SerializeToString,
+            fusesnap_dot_services_dot_api_dot_leases__pb2.ListResponse.FromString,
             options,
             channel_credentials,
             insecure,
