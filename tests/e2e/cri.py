@@ -1,111 +1,190 @@
-"""Calls of a kubelet (CRI), in messages written by hand: the numbers of the fields are those of
-``k8s.io/cri-api/pkg/apis/runtime/v1/api.proto``.
+"""The calls of a kubelet (CRI), with its deadlines: ``pkg/kubelet/cri-client`` of Kubernetes.
+
+It has an endpoint for images and one for pods, which may be the same.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
 
 import grpc
 
+from fusesnap.services.api import cri_images_pb2, cri_images_pb2_grpc, cri_runtime_pb2_grpc
+from fusesnap.services.api.cri_images_pb2 import Image, ImageSpec
+from fusesnap.services.api.cri_runtime_pb2 import (
+    ContainerConfig,
+    ContainerMetadata,
+    ContainerStatus,
+    ContainerStatusRequest,
+    CreateContainerRequest,
+    ExecSyncRequest,
+    IDMapping,
+    LinuxContainerConfig,
+    LinuxContainerSecurityContext,
+    LinuxPodSandboxConfig,
+    LinuxSandboxSecurityContext,
+    NamespaceOption,
+    PodSandboxConfig,
+    PodSandboxMetadata,
+    RemoveContainerRequest,
+    RemovePodSandboxRequest,
+    RunPodSandboxRequest,
+    StartContainerRequest,
+    StopContainerRequest,
+    StopPodSandboxRequest,
+    UserNamespace,
+)
+
 from .conftest import Node
 
-
-def varint(value: int) -> bytes:
-    """A number as protobuf has it (protobuf.dev, "Encoding")."""
-    low, rest = value & 127, value >> 7
-    return bytes([low | 128]) + varint(rest) if rest else bytes([low])
-
-
-def field(number: int, value: bytes | str | int) -> bytes:
-    """A field of a message."""
-    if isinstance(value, int):
-        return varint(number << 3) + varint(value)
-    data = value.encode() if isinstance(value, str) else value
-    return varint(number << 3 | 2) + varint(len(data)) + data
+# Seconds. A kubelet gives a call --runtime-request-timeout, two minutes, and a new pod twice as much. A pull has no
+# deadline there; here it has one so that no test waits for ever.
+REQUEST: Final = 120.0
+NEW_POD: Final = 2 * REQUEST
+PULL: Final = 300.0
 
 
-def fields(message: bytes) -> dict[int, bytes]:
-    """What is in a message of strings, messages and small numbers; of a number the empty string."""
-    found = {}
-    while message:
-        tag, message = _number(message)
-        length, message = _number(message)
-        if tag & 7 == 0:
-            length = 0
-        found[tag >> 3], message = message[:length], message[length:]
-    return found
+@dataclass(frozen=True, slots=True)
+class Pod:
+    """What a kubelet is told of a pod. ``cgroup`` is where its cgroups are; ``logs`` a directory for output."""
+
+    name: str
+    cgroup: str
+    logs: Path | None = None
+    user_namespace: UserNamespace = field(default_factory=UserNamespace)
+
+    @property
+    def config(self) -> PodSandboxConfig:
+        options = NamespaceOption(userns_options=self.user_namespace)
+        return PodSandboxConfig(
+            metadata=PodSandboxMetadata(
+                name=self.name, uid=f"uid-{self.name}", namespace="default"
+            ),
+            log_directory=str(self.logs or ""),
+            linux=LinuxPodSandboxConfig(
+                cgroup_parent=self.cgroup,
+                security_context=LinuxSandboxSecurityContext(namespace_options=options),
+            ),
+        )
+
+    def container(
+        self, image: str, command: Sequence[str] = (), args: Sequence[str] = ()
+    ) -> ContainerConfig:
+        """A container of this pod. ``image`` is an image's id or reference, as the kubelet gives it to the runtime."""
+        options = NamespaceOption(userns_options=self.user_namespace)
+        return ContainerConfig(
+            metadata=ContainerMetadata(name="one"),
+            image=ImageSpec(image=image),
+            command=command,
+            args=args,
+            log_path="one.log" if self.logs else "",
+            linux=LinuxContainerConfig(
+                security_context=LinuxContainerSecurityContext(namespace_options=options)
+            ),
+        )
 
 
-def _number(message: bytes) -> tuple[int, bytes]:
-    size = next(at for at, byte in enumerate(message, 1) if byte < 128)
-    return sum((byte & 127) << (7 * at) for at, byte in enumerate(message[:size])), message[size:]
+def mapping(uid: int, gid: int) -> UserNamespace:
+    """A user namespace of 65,536 ids that begin at these of the host."""
+    ids = [IDMapping(host_id=host, length=65536) for host in (uid, gid)]
+    return UserNamespace(uids=ids[:1], gids=ids[1:])
 
 
 class Kubelet:
-    """The calls of a kubelet. Messages are given as they are encoded."""
+    """The calls of a kubelet, on a channel for images and one for pods."""
 
-    def __init__(self, channel: grpc.Channel) -> None:
-        self._channel = channel
+    def __init__(self, images: grpc.Channel, pods: grpc.Channel) -> None:
+        self._images = cri_images_pb2_grpc.ImageServiceStub(images)
+        self._pods = cri_runtime_pb2_grpc.RuntimeServiceStub(pods)
 
-    def pull(self, reference: str) -> None:
-        """PullImage: image (1) is an ImageSpec, whose image (1) is the reference."""
-        self._call("ImageService/PullImage", field(1, field(1, reference)))
+    def image(self, reference: str) -> Image | None:
+        """What is known of an image, if it is there."""
+        request = cri_images_pb2.ImageStatusRequest(image=ImageSpec(image=reference))
+        answer = self._images.ImageStatus(request, timeout=REQUEST)
+        return answer.image if answer.HasField("image") else None
+
+    def images(self) -> dict[str, Image]:
+        """All images by their ids."""
+        answer = self._images.ListImages(cri_images_pb2.ListImagesRequest(), timeout=REQUEST)
+        return {image.id: image for image in answer.images}
+
+    def pull(self, reference: str) -> str:
+        """Pull an image; returns its id."""
+        request = cri_images_pb2.PullImageRequest(image=ImageSpec(image=reference))
+        return self._images.PullImage(request, timeout=PULL).image_ref
+
+    def remove_image(self, image: str) -> None:
+        """Remove an image by its id or reference."""
+        request = cri_images_pb2.RemoveImageRequest(image=ImageSpec(image=image))
+        self._images.RemoveImage(request, timeout=REQUEST)
+
+    def image_file_systems(self) -> list[str]:
+        """Where images are."""
+        answer = self._images.ImageFsInfo(cri_images_pb2.ImageFsInfoRequest(), timeout=REQUEST)
+        return [each.fs_id.mountpoint for each in answer.image_filesystems]
 
     @contextmanager
-    def pod(self, config: bytes) -> Iterator[bytes]:
+    def pod(self, pod: Pod) -> Iterator[str]:
         """Run a pod without containers for the time of the context; gives its identity."""
-        pod = self._call("RuntimeService/RunPodSandbox", field(1, config))[1]
+        request = RunPodSandboxRequest(config=pod.config)
+        identity = self._pods.RunPodSandbox(request, timeout=NEW_POD).pod_sandbox_id
         try:
-            yield pod
+            yield identity
         finally:
-            self._call("RuntimeService/StopPodSandbox", field(1, pod))
-            self._call("RuntimeService/RemovePodSandbox", field(1, pod))
+            stop = StopPodSandboxRequest(pod_sandbox_id=identity)
+            self._pods.StopPodSandbox(stop, timeout=REQUEST)
+            remove = RemovePodSandboxRequest(pod_sandbox_id=identity)
+            self._pods.RemovePodSandbox(remove, timeout=REQUEST)
 
-    def start(self, pod: bytes, pod_config: bytes, config: bytes) -> bytes:
+    def start(self, identity: str, pod: Pod, config: ContainerConfig) -> str:
         """Start a container in a pod; returns its identity."""
-        request = field(1, pod) + field(2, config) + field(3, pod_config)
-        container = self._call("RuntimeService/CreateContainer", request)[1]
-        self._call("RuntimeService/StartContainer", field(1, container))
+        request = CreateContainerRequest(
+            pod_sandbox_id=identity, config=config, sandbox_config=pod.config
+        )
+        container = self._pods.CreateContainer(request, timeout=REQUEST).container_id
+        start = StartContainerRequest(container_id=container)
+        self._pods.StartContainer(start, timeout=REQUEST)
         return container
 
-    def execute(self, container: bytes, *argv: str) -> str:
-        """ExecSync; returns what the program prints. Its stderr (2) must be empty."""
-        request = field(1, container) + b"".join(field(2, word) for word in argv)
-        said = self._call("RuntimeService/ExecSync", request)
-        assert not said.get(2), said
-        return said[1].decode()
+    def status(self, container: str) -> ContainerStatus:
+        """How a container is."""
+        request = ContainerStatusRequest(container_id=container)
+        return self._pods.ContainerStatus(request, timeout=REQUEST).status
 
-    def _call(self, name: str, request: bytes) -> dict[int, bytes]:
-        call = self._channel.unary_unary(f"/runtime.v1.{name}", bytes, bytes)
-        return fields(call(request, timeout=120))
+    def execute(self, container: str, *argv: str) -> str:
+        """Run a program in a container; returns what it prints. Nothing may go wrong with it."""
+        request = ExecSyncRequest(container_id=container, cmd=argv, timeout=60)
+        said = self._pods.ExecSync(request, timeout=60 + REQUEST)
+        assert (said.exit_code, said.stderr) == (0, b""), said
+        return said.stdout.decode()
+
+    def stop(self, container: str) -> None:
+        """End a container's program, after a second by force."""
+        request = StopContainerRequest(container_id=container, timeout=1)
+        self._pods.StopContainer(request, timeout=1 + REQUEST)
+
+    def remove(self, container: str) -> None:
+        """Remove a container."""
+        request = RemoveContainerRequest(container_id=container)
+        self._pods.RemoveContainer(request, timeout=REQUEST)
+
+
+@contextmanager
+def kubelet(node: Node, *, images: Path | None = None) -> Iterator[Kubelet]:
+    """The kubelet of a node. ``images`` is its image endpoint; containerd's unless given."""
+    with ExitStack() as channels:
+        pods = channels.enter_context(grpc.insecure_channel(f"unix:{node.containerd.address}"))
+        if images is None:
+            yield Kubelet(pods, pods)
+        else:
+            yield Kubelet(channels.enter_context(grpc.insecure_channel(f"unix:{images}")), pods)
 
 
 def cri_pull(node: Node, reference: str) -> None:
     """Have an image pulled as a kubelet does."""
-    with grpc.insecure_channel(f"unix:{node.containerd.address}") as channel:
-        Kubelet(channel).pull(reference)
-
-
-def mapping(uid: int, gid: int) -> bytes:
-    """UserNamespace: uids (2) and gids (3), each an IDMapping with host_id (1), container_id (2), length (3)."""
-    uids, gids = (field(1, host) + field(2, 0) + field(3, 65536) for host in (uid, gid))
-    return field(2, uids) + field(3, gids)
-
-
-def pod_config(name: str, cgroup: str, user_namespace: bytes) -> bytes:
-    """PodSandboxConfig: metadata (1), linux (8), whose cgroup_parent (1) and security_context (2) are given.
-
-    ``user_namespace`` is userns_options (5) of the latter's namespace_options (1).
-    """
-    metadata = field(1, name) + field(2, f"uid-{name}") + field(3, "default")
-    linux = field(1, cgroup) + field(2, field(1, field(5, user_namespace)))
-    return field(1, metadata) + field(8, linux)
-
-
-def container_config(reference: str, user_namespace: bytes, *command: str) -> bytes:
-    """ContainerConfig: metadata (1), image (2), command (3), linux (15) with security_context (2)."""
-    words = b"".join(field(3, word) for word in command)
-    linux = field(2, field(3, field(5, user_namespace)))  # namespace_options is 3 here
-    return field(1, field(1, "one")) + field(2, field(1, reference)) + words + field(15, linux)
+    with kubelet(node) as asking:
+        asking.pull(reference)

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
-import grpc
 from testbed.binary_cache import HttpCache
 from testbed.containerd import cgroup_name
 from testbed.containerd_configuration import Release
@@ -16,7 +15,7 @@ from testbed.registry import Registry
 from testbed.synthetic import SimpleClosure
 
 from .conftest import NodeMaker
-from .cri import Kubelet, container_config, mapping, pod_config
+from .cri import Pod, kubelet, mapping
 
 NixLayers = Callable[..., Layer]
 SLEEP = ("/bin/sleep", "1000")
@@ -47,15 +46,14 @@ def test_pods_see_files_as_their_own(
         echo new > /new && chmod u+w {simple.file} && echo new > {simple.file}
         stat -c %u:%g /new {simple.file}
     """
-    with grpc.insecure_channel(f"unix:{node.containerd.address}") as channel, ExitStack() as pods:
-        kubelet = Kubelet(channel)
-        kubelet.pull(image)
+    with kubelet(node) as asking, ExitStack() as pods:
+        asking.pull(image)
         for name, uid in (("first", 100_000), ("second", 300_000)):
             ids = mapping(uid, uid + 1_000_000)
-            config = pod_config(name, f"/{cgroup_name(work / 'c')}", ids)
-            pod = pods.enter_context(kubelet.pod(config))
-            container = kubelet.start(pod, config, container_config(image, ids, *SLEEP))
-            said = kubelet.execute(container, "/bin/sh", "-c", script).splitlines()
+            pod = Pod(name, f"/{cgroup_name(work / 'c')}", user_namespace=ids)
+            identity = pods.enter_context(asking.pod(pod))
+            container = asking.start(identity, pod, pod.container(image, SLEEP))
+            said = asking.execute(container, "/bin/sh", "-c", script).splitlines()
             own = ["0:0"] * 5
             assert said == [*own, f"this path is {simple.tree}", str(uid), "0:0", "0:0"]
         # Two pods with two containers each, all cold.
