@@ -18,6 +18,10 @@ from fusesnap.services.api import (
 )
 
 ANSWER_WITHIN: Final = 10.0  # seconds; containerd only looks into its memory
+# containerd's own limit (its defaults.DefaultMaxRecvMsgSize); gRPC's is 4 MiB.
+MAX_MESSAGE_BYTES: Final = 16 << 20
+# How long containerd may have been back before we notice, in milliseconds. gRPC would wait for up to two minutes.
+LONGEST_BACKOFF: Final = 1000
 
 T = TypeVar("T")
 
@@ -31,6 +35,20 @@ class Plugin:
     exports: Mapping[str, str]
     capabilities: tuple[str, ...]
     error: str
+
+
+def open_channel(address: Path) -> grpc.Channel:
+    """A channel to the containerd that serves ``address``, now or later; to be used as a context, or closed."""
+    return grpc.insecure_channel(
+        f"unix:{address.absolute()}",
+        [
+            ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+            ("grpc.initial_reconnect_backoff_ms", LONGEST_BACKOFF // 10),
+            ("grpc.max_reconnect_backoff_ms", LONGEST_BACKOFF),
+            # A connection of its own, whatever else this process has opened to the same address.
+            ("grpc.use_local_subchannel_pool", 1),
+        ],
+    )
 
 
 def ask_version(address: Path) -> str:
