@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import lzma
-from collections.abc import Callable, Iterator, Sequence
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -58,8 +60,24 @@ class CachedPath(Protocol):
     def store_path(self) -> StorePath:
         """Its name."""
 
+    @property
+    def references(self) -> tuple[StorePath, ...]:
+        """What it refers to."""
+
     def events(self) -> Iterator[NarEvent]:
         """Its NAR."""
+
+
+class Stored:
+    """The bytes as they are."""
+
+    def compress(self, data: bytes, /) -> bytes:
+        """More of it."""
+        return data
+
+    def flush(self) -> bytes:
+        """Its end."""
+        return b""
 
 
 COMPRESSORS: dict[str, Callable[[], Compressor]] = {
@@ -75,6 +93,7 @@ class LargePath:
     number: int
     blocks: int
     files: int
+    references: tuple[StorePath, ...] = ()
 
     @property
     def store_path(self) -> StorePath:
@@ -122,24 +141,38 @@ def write_large_cache(
     store_dir: StoreDir,
     *,
     compression: str,
+    compressors: Mapping[str, Callable[[], Compressor]] = COMPRESSORS,
 ) -> CacheFiles:
-    """Write the binary cache with ``paths``, none of which refers to another. ``compression`` is one of COMPRESSORS."""
+    """Write the binary cache with ``paths``. ``compression`` is one of ``compressors``.
+
+    Each NAR is compressed in a thread of its own, as many at once as there are processors.
+    """
     secret = SecretKey.parse(key.secret_file.read_text().strip())
     (directory / "nar").mkdir(parents=True)
     (directory / "nix-cache-info").write_text(f"StoreDir: {store_dir.path}\n")
-    for path in paths:
-        info = _write_nar(path, directory, store_dir, compression)
+
+    def write(path: CachedPath) -> None:
+        compressor = compressors[compression]()
+        info = _write_nar(path, directory, store_dir, compression, compressor)
         signature = secret.sign(info.fingerprint())
         text = f"{info.to_text()}Sig: {signature}\n"
         (directory / f"{info.store_path.hash_part}.narinfo").write_text(text)
+
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+        list(threads.map(write, paths))
     return CacheFiles(directory)
 
 
-def _write_nar(path: CachedPath, directory: Path, store_dir: StoreDir, compression: str) -> NarInfo:
+def _write_nar(
+    path: CachedPath,
+    directory: Path,
+    store_dir: StoreDir,
+    compression: str,
+    compressor: Compressor,
+) -> NarInfo:
     url = f"nar/{path.store_path.hash_part}.nar.{compression}"
     nar_hash, nar_size = hashlib.sha256(), 0
     file_hash, file_size = hashlib.sha256(), 0
-    compressor = COMPRESSORS[compression]()
     with (directory / url).open("wb") as file:
 
         def write(compressed: bytes) -> int:
@@ -159,7 +192,7 @@ def _write_nar(path: CachedPath, directory: Path, store_dir: StoreDir, compressi
         file_size=file_size,
         nar_hash=Hash(HashAlgorithm.SHA256, nar_hash.digest()),
         nar_size=nar_size,
-        references=(),
+        references=path.references,
         deriver=None,
         system=None,
         signatures=(),

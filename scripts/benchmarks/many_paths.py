@@ -39,6 +39,7 @@ class SmallPath:
 
     number: int
     shape: Shape
+    references: tuple[StorePath, ...] = ()
 
     @property
     def store_path(self) -> StorePath:
