@@ -28,6 +28,19 @@ _SIZE: Final = re.compile(r"([0-9]+)|([0-9]+(?:\.[0-9]+)?)([KMGT])(?:i?B)?", re.
 _UNITS: Final = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 
+def parse_size(value: object) -> int:
+    """A number of bytes: as it is, or as text with a suffix of ``K``, ``M``, ``G`` or ``T``, powers of 1024.
+
+    Raises ``ValueError``.
+    """
+    match = _SIZE.fullmatch(str(value).strip())
+    if match is None or isinstance(value, bool | float):
+        raise ValueError(
+            f"{value!r}: a number of bytes is expected, or a text as '500M', '50G' or '1.5T'"
+        )
+    return int(match[1] or float(match[2]) * _UNITS[match[3].upper()])
+
+
 class Fetch(BaseModel):
     """Table ``[fetch]``: how patient and how greedy fetching is."""
 
@@ -54,19 +67,16 @@ class Fetch(BaseModel):
         20.0, gt=0, description="seconds that a cache may say nothing in the middle of an answer"
     )
     connect_timeout: float = Field(10.0, gt=0, description="seconds for a connection to a cache")
+    min_rate: int = Field(
+        1024,
+        ge=0,
+        description="bytes a second below which a path that is slow by itself is had from another cache; 0: never",
+    )
 
-
-def parse_size(value: object) -> int:
-    """A number of bytes: as it is, or as text with a suffix of ``K``, ``M``, ``G`` or ``T``, powers of 1024.
-
-    Raises ``ValueError``.
-    """
-    match = _SIZE.fullmatch(str(value).strip())
-    if match is None or isinstance(value, bool | float):
-        raise ValueError(
-            f"{value!r}: a number of bytes is expected, or a text as '500M', '50G' or '1.5T'"
-        )
-    return int(match[1] or float(match[2]) * _UNITS[match[3].upper()])
+    @field_validator("min_rate", mode="before")
+    @classmethod
+    def _sizes(cls, value: object) -> int:
+        return parse_size(value)
 
 
 class Store(BaseModel):

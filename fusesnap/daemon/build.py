@@ -26,6 +26,7 @@ from fusesnap.store.local_store import LocalStore
 from fusesnap.substituter.client import make_client, open_substituter, tls_context
 from fusesnap.substituter.http import Timeouts
 from fusesnap.substituter.narinfo_cache import NarInfoCache
+from fusesnap.substituter.patience import Patience
 from fusesnap.substituter.pool import SubstituterPool
 from fusesnap.substituter.retry import RetryPolicy
 
@@ -140,6 +141,7 @@ async def open_pool(
         narinfo_cache=cache,
         retry=RetryPolicy(),
         deadline=settings.fetch.lookup_timeout,
+        patience=Patience(settings.fetch.stall_timeout, settings.fetch.min_rate),
     )
 
 

@@ -27,6 +27,7 @@ from typing import Final, Protocol
 from fusesnap.nix.cache_info import CacheInfo
 from fusesnap.nix.narinfo import NarInfo
 from fusesnap.nix.store_path import HashPart, StoreDir, StorePath
+from fusesnap.substituter.retry import Retries
 
 # Nix's default of the store setting "priority" (src/libstore/binary-cache-store.hh).
 DEFAULT_PRIORITY: Final = 50
@@ -71,7 +72,9 @@ class Substituter(Protocol):
         another path.
         """
 
-    def nar(self, info: NarInfo) -> AbstractAsyncContextManager[AsyncIterator[bytes]]:
+    def nar(
+        self, info: NarInfo, retries: Retries | None = None
+    ) -> AbstractAsyncContextManager[AsyncIterator[bytes]]:
         """Read the file that ``info`` names, from its first byte to its last, in order.
 
         The pieces are not empty, and at most 1 MiB long. The file is as stored: no transport
@@ -79,4 +82,6 @@ class Substituter(Protocol):
         PathNotFound where the file is gone, and Unavailable, also in its middle, where the bytes
         stop, are fewer or more than ``FileSize`` or ``Content-Length`` announce, or are more than
         any compression makes of ``NarSize``. What came before an error is a prefix of the file.
+        ``retries`` is asked before every request, and whether to go on after one that failed, by
+        those that can go on; without it they have their own.
         """

@@ -39,7 +39,7 @@ class BreakerPolicy:
 
     failures: int = 3
     first_pause: float = 1.0
-    longest_pause: float = 30.0
+    longest_pause: float = 10.0
     random: Callable[[], float] = random.random
 
 

@@ -70,8 +70,9 @@ class HttpSubstituter:
     none is given). They are best apart, ``transfers`` without HTTP/2: httpcore does not reset the
     stream of a response that is given up (encode/httpcore, issue 943), so that a server goes on
     sending a NAR that nobody reads any more, and once 16 MiB were sent so, the connection is stuck
-    for everybody. ``retry`` is for NARs, which can be continued where they broke; who asks for
-    narinfos asks again himself, or another cache. Neither client is closed here.
+    for everybody. ``retry`` is for NARs, which can be continued where they broke, if who asks for
+    one brings no rule of his own; who asks for narinfos asks again himself, or another cache.
+    Neither client is closed here.
     """
 
     def __init__(
@@ -117,8 +118,10 @@ class HttpSubstituter:
         return read_narinfo(self.url, path, data, self._store_dir)
 
     @asynccontextmanager
-    async def nar(self, info: NarInfo) -> AsyncGenerator[AsyncIterator[bytes]]:
-        async with aclosing(self._file(info)) as pieces:
+    async def nar(
+        self, info: NarInfo, retries: Retries | None = None
+    ) -> AsyncGenerator[AsyncIterator[bytes]]:
+        async with aclosing(self._file(info, retries or self._retry.start())) as pieces:
             yield pieces
 
     async def _small_file(self, name: str, limit: int, *, forbidden: bool) -> bytes:
@@ -146,12 +149,12 @@ class HttpSubstituter:
                 raise error
             return await read_body(f"{self.url}: {name}", response, limit)
 
-    async def _file(self, info: NarInfo) -> AsyncGenerator[bytes]:
+    async def _file(self, info: NarInfo, retries: Retries) -> AsyncGenerator[bytes]:
         """Give the file's pieces, over as many responses as it takes."""
         where = f"{self.url}: {info.url}"
         transfer = Transfer(where, info)
-        retries = self._retry.start()
         while not transfer.ended:
+            await retries.begin()
             try:
                 async with aclosing(self._one_response(where, info, transfer)) as pieces:
                     async for piece in pieces:

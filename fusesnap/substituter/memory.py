@@ -22,6 +22,7 @@ from fusesnap.substituter.answers import (
     read_narinfo,
 )
 from fusesnap.substituter.base import CACHE_INFO_NAME, DEFAULT_STORE_DIR
+from fusesnap.substituter.retry import Retries
 
 _PIECE: Final = 64 * 1024
 
@@ -90,7 +91,9 @@ class MemorySubstituter:
         return read_narinfo(self.url, path, data, self._store_dir)
 
     @asynccontextmanager
-    async def nar(self, info: NarInfo) -> AsyncGenerator[AsyncIterator[bytes]]:
+    async def nar(
+        self, info: NarInfo, retries: Retries | None = None
+    ) -> AsyncGenerator[AsyncIterator[bytes]]:
         async with aclosing(self._file(info)) as pieces:
             yield pieces
 

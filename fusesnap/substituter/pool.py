@@ -24,6 +24,7 @@ from fusesnap.substituter.base import Substituter
 from fusesnap.substituter.breaker import DEFAULT_BREAKER, BreakerPolicy
 from fusesnap.substituter.lookup import Lookup
 from fusesnap.substituter.narinfo_cache import NarInfoCache
+from fusesnap.substituter.patience import DEFAULT_PATIENCE, Patience, PatientSubstituter, Traffic
 from fusesnap.substituter.retry import RetryPolicy, may_mend
 from fusesnap.substituter.watched import FAILURE_MEMORY, CacheState, WatchedSubstituter
 
@@ -32,10 +33,20 @@ __all__ = ["CacheState", "Offer", "SubstituterPool"]
 # Lookups that are under way at a time. More would only wait for one another: HTTP/2 servers allow
 # 100 or 128 streams. A lookup's deadline begins when it is its turn.
 _AT_A_TIME: Final = 128
+# Seconds for other caches to say that they have a path whose transfer has trouble.
+_ELSEWHERE: Final = 5.0
 # Answers that may wait in memory while others are still being asked for.
 _UNWRITTEN: Final = 256
 
 T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """A narinfo that is trusted, and the cache that has it."""
+
+    watched: WatchedSubstituter
+    narinfo: NarInfo
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +63,8 @@ class SubstituterPool:
     ``deadline`` is in seconds, for one lookup over all caches, from the moment that it begins.
     ``retry`` says how often those caches are asked again that could not answer, when no other has
     the path. ``clock`` is a monotonic one in seconds, and ``failure_memory`` the time for which a
-    cache that failed is asked last. ``breaker`` says when a cache is not asked at all.
+    cache that failed is asked last. ``breaker`` says when a cache is not asked at all, ``patience``
+    how long a NAR is waited for that breaks off or comes slowly.
     """
 
     def __init__(
@@ -67,6 +79,7 @@ class SubstituterPool:
         clock: Callable[[], float] = trio.current_time,
         failure_memory: float = FAILURE_MEMORY,
         breaker: BreakerPolicy = DEFAULT_BREAKER,
+        patience: Patience = DEFAULT_PATIENCE,
     ) -> None:
         unique: dict[str, Substituter] = {}
         for substituter in substituters:
@@ -88,6 +101,9 @@ class SubstituterPool:
         self._narinfo_cache = narinfo_cache
         self._retry = retry
         self._deadline = deadline
+        self._clock = clock
+        self._patience = patience
+        self._traffic = Traffic()
         self._turns = trio.Semaphore(_AT_A_TIME)
         self._finding = 0
         self._writing = False
@@ -148,7 +164,28 @@ class SubstituterPool:
         offer = await self._search(lookup, sorted(included, key=WatchedSubstituter.place))
         if offer is None:
             raise lookup.failure()
-        return offer
+        return self._patient(offer, exclude)
+
+    def _patient(self, offer: _Found, exclude: frozenset[str]) -> Offer:
+        others = exclude | {offer.watched.url}
+        path = offer.narinfo.store_path
+        cache = PatientSubstituter(
+            offer.watched,
+            self._retry,
+            self._patience,
+            self._traffic,
+            lambda: self._is_offered(path, others),
+            self._clock,
+        )
+        return Offer(cache, offer.narinfo)
+
+    async def _is_offered(self, path: StorePath, exclude: frozenset[str]) -> bool:
+        """Whether a cache but for ``exclude`` answers right now that it has ``path``."""
+        asked = [each for each in self._watched if each.url not in exclude and each.silence <= 0]
+        seconds = min(self._deadline, _ELSEWHERE)
+        lookup = Lookup(path, self._store_dir, seconds, (watched.url for watched in asked))
+        ordered = sorted(asked, key=WatchedSubstituter.place)
+        return await self._ask_each(ordered, lookup) is not None
 
     async def _learn_priorities(
         self, lookup: Lookup, included: Sequence[WatchedSubstituter]
@@ -162,7 +199,7 @@ class SubstituterPool:
             for watched in unknown:
                 nursery.start_soon(self._bounded, watched, lookup, share, watched.cache_info)
 
-    async def _search(self, lookup: Lookup, ordered: Sequence[WatchedSubstituter]) -> Offer | None:
+    async def _search(self, lookup: Lookup, ordered: Sequence[WatchedSubstituter]) -> _Found | None:
         """Ask one cache after another; those last whose remembered answer may be out of date."""
         unsure: list[WatchedSubstituter] = []
         for asked, watched in enumerate(ordered):
@@ -176,7 +213,9 @@ class SubstituterPool:
         offer = await self._ask_each(unsure, lookup)
         return offer or await self._ask_again(ordered, lookup)
 
-    async def _ask_each(self, caches: Sequence[WatchedSubstituter], lookup: Lookup) -> Offer | None:
+    async def _ask_each(
+        self, caches: Sequence[WatchedSubstituter], lookup: Lookup
+    ) -> _Found | None:
         for asked, watched in enumerate(caches):
             offer = await self._ask(watched, lookup, len(caches) - asked, self._live_offer)
             if offer is not None:
@@ -185,7 +224,7 @@ class SubstituterPool:
 
     async def _ask_again(
         self, ordered: Sequence[WatchedSubstituter], lookup: Lookup
-    ) -> Offer | None:
+    ) -> _Found | None:
         """Go on asking those caches that could not answer, as the retry policy allows."""
         retries = self._retry.start()
         while again := [watched for watched in ordered if may_mend(lookup.said(watched.url))]:
@@ -205,8 +244,8 @@ class SubstituterPool:
         watched: WatchedSubstituter,
         lookup: Lookup,
         left: int,
-        ask: Callable[[WatchedSubstituter, StorePath | HashPart], Awaitable[Offer | None]],
-    ) -> Offer | None:
+        ask: Callable[[WatchedSubstituter, StorePath | HashPart], Awaitable[_Found | None]],
+    ) -> _Found | None:
         """Ask one of ``left`` caches, for no longer than its share of the time that remains."""
         return await self._bounded(
             watched, lookup, lookup.share(left), lambda: ask(watched, lookup.path)
@@ -235,7 +274,7 @@ class SubstituterPool:
 
     async def _remembered_offer(
         self, watched: WatchedSubstituter, path: StorePath | HashPart
-    ) -> Offer | None:
+    ) -> _Found | None:
         """What the cache offers, by memory if it was asked not long ago.
 
         None where it had nothing then, or nothing that is trusted now: to be asked again before
@@ -247,9 +286,9 @@ class SubstituterPool:
             return await self._live_offer(watched, path)
         if cached.info is None or not self._is_trusted(cached.info):
             return None
-        return Offer(watched, cached.info)
+        return _Found(watched, cached.info)
 
-    async def _live_offer(self, watched: WatchedSubstituter, path: StorePath | HashPart) -> Offer:
+    async def _live_offer(self, watched: WatchedSubstituter, path: StorePath | HashPart) -> _Found:
         await watched.cache_info()
         try:
             info = await watched.narinfo(path)
@@ -258,7 +297,7 @@ class SubstituterPool:
             raise
         check_trust(info, self._trusted_keys)
         self._narinfo_cache.remember(watched.url, path, info)
-        return Offer(watched, info)
+        return _Found(watched, info)
 
     def _is_trusted(self, info: NarInfo) -> bool:
         try:

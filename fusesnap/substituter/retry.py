@@ -93,6 +93,9 @@ class Retries:
         self._waited += wait
         return wait
 
+    async def begin(self) -> None:
+        """An attempt is about to begin. Here nothing is in its way."""
+
     async def wait(self, error: Unavailable) -> None:
         """Count ``error`` as a failed attempt and sleep before the next; raise it to give up."""
         if not may_mend(error):

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
-from contextlib import aclosing, asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AbstractAsyncContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -23,7 +23,7 @@ from fusesnap.substituter.answers import MISSING_CACHE_INFO
 from fusesnap.substituter.base import DEFAULT_PRIORITY, Substituter
 from fusesnap.substituter.breaker import DEFAULT_BREAKER, Breaker, BreakerPolicy, BreakerState
 from fusesnap.substituter.narinfo_cache import NarInfoCache
-from fusesnap.substituter.retry import Refusal, Throttled, may_mend
+from fusesnap.substituter.retry import Refusal, Retries, Throttled, may_mend
 
 # Seconds for which a failure puts a cache last; Nix disables it for as long.
 FAILURE_MEMORY: Final = 60.0
@@ -72,7 +72,7 @@ class Silenced(Throttled):
 
 
 class WatchedSubstituter:
-    """A substituter that remembers how it fared; see :class:`~.base.Substituter`.
+    """A cache that remembers how it fared. Its methods are those of :class:`~.base.Substituter`, but for NARs.
 
     ``order`` is its place among those of the same priority. ``clock`` is a monotonic one, in
     seconds.
@@ -178,18 +178,30 @@ class WatchedSubstituter:
         return info
 
     async def narinfo(self, path: StorePath | HashPart) -> NarInfo:
-        self._check_silence()
+        self.check_silence()
         with self._noting():
             self._narinfos_asked += 1
             return await self._substituter.narinfo(path)
 
-    @asynccontextmanager
-    async def nar(self, info: NarInfo) -> AsyncGenerator[AsyncIterator[bytes]]:
-        async with (
-            self._substituter.nar(info) as pieces,
-            aclosing(self._counted(pieces)) as counted,
-        ):
-            yield counted
+    def pieces(
+        self, info: NarInfo, retries: Retries
+    ) -> AbstractAsyncContextManager[AsyncIterator[bytes]]:
+        """The NAR, without learning from how it goes: who reads it tells that."""
+        return self._substituter.nar(info, retries)
+
+    def begin(self) -> bool:
+        """A request for a NAR goes. Returns whether it is the one that tries how the cache is."""
+        return self._breaker.begin()
+
+    def abandon(self) -> None:
+        """That request ended without teaching anything."""
+        self._breaker.abandon()
+
+    def note_piece(self, count: int) -> None:
+        """``count`` bytes of a NAR have come."""
+        self._bytes_received += count
+        if self._error is not None or not self._answered or self._breaker.failures:
+            self._note_success()
 
     def note_failure(self, error: FusesnapError) -> None:
         """A request failed: the cache goes last for a while, and is not asked at all if it goes on like that."""
@@ -249,13 +261,8 @@ class WatchedSubstituter:
             raise
         self._note_success()
 
-    async def _counted(self, pieces: AsyncIterator[bytes]) -> AsyncGenerator[bytes]:
-        with self._noting():
-            async for piece in pieces:
-                self._bytes_received += len(piece)
-                yield piece
-
-    def _check_silence(self) -> None:
+    def check_silence(self) -> None:
+        """Raise Silenced where it is left alone."""
         asked, pause = self._asked_silence, self._breaker.wait()
         if asked > 0 and asked >= pause:
             raise Silenced(f"{self.url}: asked to be left alone for another {asked:g} s", asked)
@@ -286,7 +293,7 @@ class WatchedSubstituter:
             question.answered.set()
 
     async def _request_cache_info(self) -> CacheInfo:
-        self._check_silence()
+        self.check_silence()
         with self._noting():
             info = await self._substituter.cache_info()
         # Neither what a mistake says, nor what was assumed for want of an answer, is kept for days.

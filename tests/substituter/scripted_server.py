@@ -121,6 +121,8 @@ class MemoryNetwork(httpcore.AsyncNetworkBackend):
         self._nursery = nursery
         self.servers: dict[str, ScriptedServer] = {}
         self.refusing: set[str] = set()
+        self.attempts = 0  # to connect
+        self._connections: dict[str, list[trio.CancelScope]] = {}
 
     def server(self, host: str) -> ScriptedServer:
         """A new server for ``host``."""
@@ -140,6 +142,7 @@ class MemoryNetwork(httpcore.AsyncNetworkBackend):
         local_address: str | None = None,
         socket_options: Iterable[Any] | None = None,
     ) -> httpcore.AsyncNetworkStream:
+        self.attempts += 1
         try:
             if host in self.refusing:
                 raise ConnectionRefusedError(111, "Connection refused")
@@ -149,8 +152,19 @@ class MemoryNetwork(httpcore.AsyncNetworkBackend):
             raise httpcore.ConnectError(str(error)) from error
         # Without any buffer: nothing is sent that the client does not receive.
         ours, theirs = lockstep_stream_pair()
-        self._nursery.start_soon(self.servers[host].serve, theirs)
+        self._nursery.start_soon(self._serve, host, theirs)
         return _MemoryStream(ours)
+
+    def take_down(self, host: str) -> None:
+        """Break the connections to ``host``, and refuse others until it is taken out of ``refusing``."""
+        self.refusing.add(host)
+        for scope in self._connections.pop(host, []):
+            scope.cancel()
+
+    async def _serve(self, host: str, stream: trio.abc.Stream) -> None:
+        with trio.CancelScope() as scope:
+            self._connections.setdefault(host, []).append(scope)
+            await self.servers[host].serve(stream)
 
     async def connect_unix_socket(
         self,
