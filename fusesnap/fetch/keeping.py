@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
 
 import trio
@@ -12,12 +12,17 @@ from fusesnap.store.roots import Roots
 
 
 @asynccontextmanager
-async def keeping(roots: Roots, paths: Iterable[StorePath]) -> AsyncIterator[None]:
-    """Keep ``paths`` from every collector meanwhile. In threads: a collector may have to be waited for."""
+async def keeping(
+    roots: Roots, paths: Iterable[StorePath]
+) -> AsyncIterator[Callable[[Iterable[StorePath]], None]]:
+    """Keep ``paths`` from every collector meanwhile. In threads: a collector may have to be waited for.
+
+    What this gives keeps more paths for as long; it is to be called in a thread too.
+    """
     kept = roots.keeping(paths)
-    await trio.to_thread.run_sync(kept.__enter__)
+    keep = await trio.to_thread.run_sync(kept.__enter__)
     try:
-        yield
+        yield keep
     finally:
         with trio.CancelScope(shield=True):  # short, and owed
             await trio.to_thread.run_sync(kept.__exit__, None, None, None)

@@ -120,15 +120,18 @@ class Realiser:
         known = await trio.to_thread.run_sync(self._store.with_hash_part, part)
         return known if known is not None else (await self._pool.find(part)).narinfo.store_path
 
-    async def closure(self, root: StorePath) -> list[StorePath]:
+    async def closure(
+        self, root: StorePath, keep: Callable[[Iterable[StorePath]], None] | None = None
+    ) -> list[StorePath]:
         """``root`` and every path that it references, directly or not, admitted, in order of discovery.
 
-        None of it is collected before this process ends. Raises ``ClosureUnavailable``.
+        ``keep`` is called, in a thread, with each path before it is looked up, so that it is not collected; None: none
+        is before this process ends. Raises ``ClosureUnavailable``.
         """
         found: dict[StorePath, None] = {root: None}
         frontier = [root]
         while frontier:
-            await trio.to_thread.run_sync(self._store.roots.keep, frontier)
+            await trio.to_thread.run_sync(keep or self._store.roots.keep, frontier)
             await self.admit(frontier)
             reached: list[StorePath] = []
             for path in frontier:

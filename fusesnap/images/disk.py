@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
@@ -13,6 +13,21 @@ from fusesnap.errors import InvalidData, StorageFailure
 
 # Large enough that hashing and writing dominate, small enough that a piece is no burden.
 PIECE: Final = 256 * 1024
+
+
+# Told of bytes that were read or written since the last call; what it raises ends the work.
+Progress = Callable[[int], None]
+
+
+def no_progress(_: int) -> None:
+    """Nobody is told."""
+
+
+def watched(pieces: Iterable[bytes], progress: Progress) -> Iterator[bytes]:
+    """Give ``pieces``, telling ``progress`` of each."""
+    for piece in pieces:
+        progress(len(piece))
+        yield piece
 
 
 @contextmanager
@@ -39,6 +54,13 @@ def open_regular(path: Path, *, follow: bool = True) -> int:
         os.close(descriptor)
         raise InvalidData(f"{path}: expected a regular file, got {stat.filemode(mode)}")
     return descriptor
+
+
+def write_all(descriptor: int, data: bytes) -> None:
+    """Write all of ``data``; raises OSError."""
+    view = memoryview(data)
+    while view:
+        view = view[os.write(descriptor, view) :]
 
 
 class Region:

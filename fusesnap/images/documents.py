@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, RootModel, ValidationError
 
 from fusesnap.errors import InvalidData
 from fusesnap.images.digest import Digest
@@ -72,6 +72,15 @@ class Descriptor:
 
 
 @dataclass(frozen=True, slots=True)
+class Document:
+    """A manifest or a configuration as it stands: its bytes have ``digest``."""
+
+    media_type: str
+    digest: Digest
+    data: bytes
+
+
+@dataclass(frozen=True, slots=True)
 class Index:
     """Manifests, and indexes of more of them."""
 
@@ -92,6 +101,15 @@ class Config:
 
     platform: Platform
     diff_ids: tuple[Digest, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class DockerImage:
+    """An entry of Docker's ``manifest.json``: names of files within the archive, and the image's tags."""
+
+    config: str
+    layers: tuple[str, ...]
+    tags: tuple[str, ...]
 
 
 class _Document(BaseModel):
@@ -145,6 +163,16 @@ class _Layout(_Document):
     version: str = Field(alias="imageLayoutVersion", pattern=r"^1\.")
 
 
+class _DockerImage(_Document):
+    config: str = Field(alias="Config")
+    layers: list[str] | None = Field(alias="Layers", max_length=MAX_LAYERS)
+    tags: list[str] | None = Field(alias="RepoTags", default=None)
+
+
+class _DockerManifest(RootModel[list[_DockerImage]]):
+    model_config = ConfigDict(strict=True, frozen=True)
+
+
 def parse_layout(data: bytes, name: str) -> None:
     """Check the file ``oci-layout``; ``name`` is for messages, here and below. Raises InvalidData."""
     _parse(_Layout, data, name)
@@ -171,7 +199,15 @@ def parse_config(data: bytes, name: str) -> Config:
     return Config(_platform(config), tuple(_digest(each, name) for each in config.rootfs.diff_ids))
 
 
-_Model = TypeVar("_Model", bound=_Document)
+def parse_docker_manifest(data: bytes, name: str) -> tuple[DockerImage, ...]:
+    """Read ``manifest.json`` of an archive as ``docker save`` writes it."""
+    return tuple(
+        DockerImage(image.config, tuple(image.layers or ()), tuple(image.tags or ()))
+        for image in _parse(_DockerManifest, data, name).root
+    )
+
+
+_Model = TypeVar("_Model", bound=BaseModel)
 
 
 def _parse(model: type[_Model], data: bytes, name: str) -> _Model:

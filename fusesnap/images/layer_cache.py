@@ -5,25 +5,21 @@ from __future__ import annotations
 import fcntl
 import os
 import tempfile
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
 from fusesnap.errors import ContentMismatch, InvalidData, StorageFailure
-from fusesnap.images.disk import open_regular, refusals
+from fusesnap.images.disk import open_regular, refusals, write_all
 from fusesnap.images.layer import LayerTar
 from fusesnap.images.layout import ImageLayer, ImageLayout
-from fusesnap.nix.compression import decompressor
+from fusesnap.images.uncompressed import uncompressed
 
 # A few KiB can say that they unfold to any number of bytes, and the disk would be full before the
 # digest shows that they do not. The largest layers in use (models, CUDA) are some 20 GiB.
 MAX_LAYER_SIZE: Final = 64 * 1024**3
 _PARTIAL: Final = ".partial-"
-# As RFC 1952 and RFC 8878 (a frame, or a skippable frame before it) begin.
-_GZIP: Final = b"\x1f\x8b"
-_ZSTD: Final = b"\x28\xb5\x2f\xfd"
-_SKIPPABLE: Final = b"\x2a\x4d\x18"
 
 
 class LayerCache:
@@ -80,7 +76,7 @@ class LayerCache:
     ) -> None:
         hasher = layer.diff_id.algorithm.new()
         total = 0
-        with closing(layout.blob(layer)) as blob, closing(_uncompressed(blob, name)) as pieces:
+        with closing(layout.blob(layer)) as blob, closing(uncompressed(blob, name)) as pieces:
             for piece in pieces:
                 total += len(piece)
                 if total > self._max_layer_size:
@@ -90,7 +86,7 @@ class LayerCache:
                     )
                 hasher.update(piece)
                 with refusals(self._directory):
-                    _write_all(descriptor, piece)
+                    write_all(descriptor, piece)
                 progress(len(piece))
         if hasher.hexdigest() != layer.diff_id.hexadecimal:
             raise ContentMismatch(
@@ -135,28 +131,6 @@ class LayerCache:
                     os.close(descriptor)
 
 
-def _uncompressed(blob: Iterator[bytes], name: str) -> Generator[bytes, None, None]:
-    first = next(blob, b"")
-    stream = decompressor(_compression(first))
-    try:
-        yield from stream.decompress(first)
-        for piece in blob:
-            yield from stream.decompress(piece)
-        stream.finish()
-    except ContentMismatch:
-        raise  # the blob's digest says more than that it does not decompress
-    except InvalidData as error:
-        raise InvalidData(f"{name}: {error}") from error
-
-
-def _compression(start: bytes) -> str:
-    if start.startswith(_GZIP):
-        return "gzip"
-    if start.startswith(_ZSTD) or (start[1:4] == _SKIPPABLE and start[0] & 0xF0 == 0x50):  # noqa: PLR2004
-        return "zstd"
-    return "none"
-
-
 def _open_present(path: Path) -> int | None:
     try:
         return open_regular(path, follow=False)
@@ -164,12 +138,6 @@ def _open_present(path: Path) -> int | None:
         if isinstance(failure.__cause__, FileNotFoundError):
             return None
         raise
-
-
-def _write_all(descriptor: int, piece: bytes) -> None:
-    view = memoryview(piece)
-    while view:
-        view = view[os.write(descriptor, view) :]
 
 
 def _sync_directory(directory: Path) -> None:

@@ -21,6 +21,7 @@ from fusesnap.images.documents import (
     MAX_DOCUMENT_SIZE,
     Config,
     Descriptor,
+    Document,
     Manifest,
     parse_config,
     parse_index,
@@ -58,12 +59,22 @@ class ImageLayer:
 
 @dataclass(frozen=True, slots=True)
 class Image:
-    """One image for one platform, its documents checked. ``config_digest`` is the image's ID."""
+    """One image for one platform, its documents checked."""
 
-    manifest_digest: Digest
-    config_digest: Digest
+    manifest: Document
+    config: Document
     platform: Platform
     layers: tuple[ImageLayer, ...]
+
+    @property
+    def manifest_digest(self) -> Digest:
+        """What a registry knows the image by."""
+        return self.manifest.digest
+
+    @property
+    def config_digest(self) -> Digest:
+        """The image's ID."""
+        return self.config.digest
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,8 +89,9 @@ class _Candidate:
 class ImageLayout:
     """The images of one layout. Made by :func:`open_layout`."""
 
-    def __init__(self, files: LayoutFiles) -> None:
+    def __init__(self, files: LayoutFiles, how_to_choose: str = "add :REFERENCE") -> None:
         self._files = files
+        self._how_to_choose = how_to_choose
         self._read_documents = 0
 
     @property
@@ -101,8 +113,8 @@ class ImageLayout:
             got = config.platform if config else f"config {quote(manifest.config.media_type)}"
             raise InvalidData(f"{self.name}: {chosen.label}: expected {platform}, got {got}")
         return Image(
-            manifest_digest=chosen.descriptor.digest,
-            config_digest=manifest.config.digest,
+            manifest=self._kept(chosen.descriptor, "manifest"),
+            config=self._kept(manifest.config, "config"),
             platform=config.platform,
             layers=self._layers(chosen.descriptor, manifest, config),
         )
@@ -136,7 +148,7 @@ class ImageLayout:
         if len(best) > 1:
             raise InvalidData(
                 f"{self.name}: expected one image for {platform}, there are {len(best)}:"
-                f" {_choices(c.label for c in best.values())}; add :REFERENCE to choose"
+                f" {_choices(c.label for c in best.values())}; {self._how_to_choose} to choose"
             )
         return next(iter(best.values()))
 
@@ -219,6 +231,10 @@ class ImageLayout:
                 zip(manifest.layers, config.diff_ids, strict=True)
             )
         )
+
+    def _kept(self, descriptor: Descriptor, what: str) -> Document:
+        data = self._document(descriptor, what)
+        return Document(descriptor.media_type, descriptor.digest, data)
 
     def _document(self, descriptor: Descriptor, what: str) -> bytes:
         self._read_documents += 1

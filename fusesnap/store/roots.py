@@ -93,12 +93,18 @@ class Roots:
         self._temporary.hold(_PROCESS, (path.base_name for path in paths))
 
     @contextmanager
-    def keeping(self, paths: Iterable[StorePath]) -> Iterator[None]:
-        """Keep ``paths`` meanwhile."""
+    def keeping(
+        self, paths: Iterable[StorePath]
+    ) -> Iterator[Callable[[Iterable[StorePath]], None]]:
+        """Keep ``paths`` meanwhile, and what the function is called with that this gives."""
         owner = secrets.token_hex(8)
-        self._temporary.hold(owner, (path.base_name for path in paths))
+
+        def keep(more: Iterable[StorePath]) -> None:
+            self._temporary.hold(owner, (path.base_name for path in more))
+
+        keep(paths)
         try:
-            yield
+            yield keep
         finally:
             self._temporary.drop(owner)
 

@@ -387,7 +387,7 @@ def test_an_archive_cut_short(layout: Any, tmp_path: Path) -> None:
 def test_an_archive_that_is_something_else(tmp_path: Path) -> None:
     path = tmp_path / "made"
     for data, reason in [
-        (b"", "expected a tar of an OCI image layout, got no bytes"),
+        (b"", "expected a tar of an image, got no bytes"),
         (b"PK" * 1000, "damaged tar"),
         (gzip.compress(EMPTY), "expected an uncompressed tar, got a file compressed with gzip"),
         (b"\xfd7zXZ" + EMPTY, "compressed with xz"),

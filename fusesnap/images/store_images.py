@@ -1,0 +1,122 @@
+"""Images that store paths are, or that are made of them: found, fetched, verified and opened."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import AsyncIterator, Callable, Iterable
+from contextlib import ExitStack, asynccontextmanager
+from pathlib import Path
+from typing import Final
+
+import trio
+
+from fusesnap.errors import InvalidData
+from fusesnap.fetch.keeping import keeping
+from fusesnap.fetch.realiser import Realiser
+from fusesnap.images.digest import Digest
+from fusesnap.images.disk import open_regular, refusals
+from fusesnap.images.docker_archive import MANIFEST_NAME
+from fusesnap.images.opening import OpenImage, open_image
+from fusesnap.images.platform import Platform
+from fusesnap.images.programs import ProgramFinder
+from fusesnap.images.reference import NixReference
+from fusesnap.images.synthesis import synthesise
+from fusesnap.images.uncompressed import compression_of
+from fusesnap.nix.store_path import StorePath
+from fusesnap.nix.tree import EntryKind, Tree
+from fusesnap.store.local_store import LocalStore
+
+# A tar's magic, in its first block; of old tars without one the checksum would have to do, and nobody writes those.
+_TAR_MAGIC_AT: Final = 257
+_TAR_MAGIC: Final = b"ustar"
+
+
+class StoreImages:
+    """Opens the images of one store, for one platform.
+
+    ``scratch`` is a directory where compressed archives are unfolded while they are open.
+    """
+
+    def __init__(
+        self, store: LocalStore, realiser: Realiser, platform: Platform, scratch: Path
+    ) -> None:
+        self._store = store
+        self._realiser = realiser
+        self._platform = platform
+        self._scratch = scratch
+
+    async def resolve(self, reference: NixReference) -> StorePath:
+        """Return the store path that ``reference`` names.
+
+        Raises InvalidArgument where its name is another one, and as ``Realiser.resolve``.
+        """
+        path = await self._realiser.resolve(reference.hash_part)
+        reference.check(path)
+        return path
+
+    @asynccontextmanager
+    async def open(self, path: StorePath, digest: Digest | None = None) -> AsyncIterator[OpenImage]:
+        """Fetch ``path``, and open it as the image that it is, or make the image of the package that it is.
+
+        Nothing of it is collected while it is open. ``digest`` is what the image's manifest must have.
+
+        Raises what the fetch raises; InvalidData for what is neither, or no image for the platform; ContentMismatch;
+        StorageFailure.
+        """
+        async with keeping(self._store.roots, [path]) as keep:
+            tree = await self._realiser.realise(path)
+            name = self._store.store_dir.format(path)
+            location = self._store.location(path)
+            with ExitStack() as opened:
+                if await trio.to_thread.run_sync(_is_image, tree, location):
+                    found = open_image(
+                        location,
+                        name,
+                        self._platform,
+                        self._scratch,
+                        digest=digest,
+                        progress=_stop_if_cancelled,
+                    )
+                    yield await trio.to_thread.run_sync(opened.enter_context, found)
+                else:
+                    yield _checked(await self._synthesised(path, keep), name, digest)
+
+    async def _synthesised(
+        self, path: StorePath, keep: Callable[[Iterable[StorePath]], None]
+    ) -> OpenImage:
+        store_dir = self._store.store_dir
+        closure = await self._realiser.closure(path, keep)
+        finder = ProgramFinder(frozenset(closure), self._realiser.realise, store_dir)
+        return synthesise(path, closure, await finder.find(path), self._platform, store_dir)
+
+
+def _is_image(tree: Tree, location: Path) -> bool:
+    """Whether a path is to be read as an image, rather than as a package."""
+    kind = tree.kind(0)
+    if kind is EntryKind.DIRECTORY:
+        if tree.child(0, b"oci-layout") is not None:
+            return True
+        names = (b"index.json", MANIFEST_NAME.encode())
+        return tree.child(0, b"bin") is None and any(
+            tree.child(0, name) is not None for name in names
+        )
+    if kind is not EntryKind.REGULAR:
+        return False
+    descriptor = open_regular(location, follow=False)
+    try:
+        with refusals(location):
+            start = os.pread(descriptor, _TAR_MAGIC_AT + len(_TAR_MAGIC), 0)
+    finally:
+        os.close(descriptor)
+    return compression_of(start) != "none" or start[_TAR_MAGIC_AT:] == _TAR_MAGIC
+
+
+def _checked(image: OpenImage, name: str, digest: Digest | None) -> OpenImage:
+    made = image.image.manifest.digest
+    if digest is not None and made != digest:
+        raise InvalidData(f"{name}: expected an image with manifest {digest}, got {made}")
+    return image
+
+
+def _stop_if_cancelled(_: int) -> None:
+    trio.from_thread.check_cancelled()
