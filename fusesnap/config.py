@@ -120,6 +120,13 @@ class Settings(BaseModel):
     substituters: list[str] = Field(default_factory=lambda: [DEFAULT_SUBSTITUTER])
     trusted_public_keys: list[str] = Field(default_factory=lambda: [DEFAULT_KEY])
     netrc_file: Path | None = Field(None, description="user names and passwords of caches, by host")
+    token_files: dict[str, Path] = Field(
+        default_factory=dict, description="files with a bearer token each, by a cache's URL"
+    )
+    ca_file: Path | None = Field(
+        None,
+        description="certificate authorities that may vouch for caches, beside the system's, as PEM",
+    )
     recognise_by_content: bool = Field(
         True,
         description="take a layer that holds only store path placeholders for a Nix layer, without labels",
@@ -157,6 +164,16 @@ class Settings(BaseModel):
                 lacks = "directory" if parts.scheme == "file" else "host"
                 raise ValueError(f"{url!r}: a substituter's URL names a {lacks}")
         return [url.rstrip("/") for url in urls]
+
+    @field_validator("token_files")
+    @classmethod
+    def _tokens(cls, files: dict[str, Path]) -> dict[str, Path]:
+        for url in files:
+            if urlsplit(url).scheme not in ("http", "https"):
+                raise ValueError(
+                    f"{url!r}: the https:// or http:// URL of a substituter is expected"
+                )
+        return files
 
     @field_validator("trusted_public_keys")
     @classmethod

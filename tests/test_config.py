@@ -134,3 +134,18 @@ def test_limits_of_the_store(tmp_path: Path) -> None:
     file.write_text("[store]\nmaximum = 1\n")
     with pytest.raises(InvalidConfiguration, match=r"'store\.maximum'; known are check-every, max"):
         load(file, {})
+
+
+def test_tokens_are_by_cache_and_only_servers_take_them(tmp_path: Path) -> None:
+    path = write(
+        tmp_path,
+        'ca-file = "/etc/ca.pem"\n[token-files]\n"https://cache.example.org" = "/run/token"\n',
+    )
+    settings = load(path, {})
+    assert settings.token_files == {"https://cache.example.org": Path("/run/token")}
+    assert settings.ca_file == Path("/etc/ca.pem")
+    path = write(tmp_path, '[token-files]\n"cache.example.org" = "/run/token"\n')
+    with pytest.raises(
+        InvalidConfiguration, match=r"token-files: 'cache.example.org': the https://"
+    ):
+        load(path, {})

@@ -24,6 +24,7 @@ from fusesnap.nix.signature import PublicKey, TrustedKeys
 from fusesnap.nix.store_path import StoreDir
 from fusesnap.store.local_store import LocalStore
 from fusesnap.substituter.client import make_client, open_substituter, tls_context
+from fusesnap.substituter.credentials import Secrets
 from fusesnap.substituter.http import Timeouts
 from fusesnap.substituter.narinfo_cache import NarInfoCache
 from fusesnap.substituter.patience import Patience
@@ -97,9 +98,19 @@ class Authorities:
     transfers: ssl.SSLContext
 
     @classmethod
-    def load(cls) -> Authorities:
-        """Those that the system, certifi and the environment name."""
-        return cls(tls_context(trust_env=True), tls_context(trust_env=True))
+    def load(cls, settings: Settings) -> Authorities:
+        """Those that the system, certifi, the environment and the settings name. Raises ``InvalidConfiguration``."""
+        return cls(authorities(settings), authorities(settings))
+
+
+def authorities(settings: Settings) -> ssl.SSLContext:
+    """Who may vouch for a server, for one client. Raises ``InvalidConfiguration``."""
+    return tls_context(settings.ca_file, trust_env=True)
+
+
+def secrets(settings: Settings) -> Secrets:
+    """What caches are told of us. Raises ``InvalidConfiguration``."""
+    return Secrets(settings.netrc_file, settings.token_files)
 
 
 def open_client(
@@ -112,7 +123,6 @@ def open_client(
         timeouts=timeouts(settings),
         trust_env=True,
         tls=tls,
-        netrc_file=settings.netrc_file,
         user_agent=f"fusesnap/{version('fusesnap')}",
     )
 
@@ -127,12 +137,18 @@ async def open_pool(
     )
     await stack.enter_async_context(lookups)
     await stack.enter_async_context(transfers)
+    told = secrets(settings)
     cache = NarInfoCache(settings.root / "narinfo-cache.sqlite", time.time)
     stack.callback(cache.close)
     return SubstituterPool(
         [
             open_substituter(
-                url, lookups, transfers=transfers, store_dir=store_dir, timeouts=timeouts(settings)
+                url,
+                lookups,
+                transfers=transfers,
+                store_dir=store_dir,
+                timeouts=timeouts(settings),
+                secrets=told,
             )
             for url in settings.substituters
         ],
@@ -163,7 +179,9 @@ async def open_node(
     store = await trio.to_thread.run_sync(open_store, settings, store_dir)
     async with AsyncExitStack() as stack:
         stack.callback(store.close)
-        pool = await open_pool(settings, store_dir, authorities or Authorities.load(), stack)
+        pool = await open_pool(
+            settings, store_dir, authorities or Authorities.load(settings), stack
+        )
         nursery = await stack.enter_async_context(trio.open_nursery())
         limits = Limits(
             settings.fetch.transfers, settings.fetch.lookups, settings.fetch.stall_timeout

@@ -20,6 +20,8 @@ def check_caches(settings: Settings) -> None:
 
     async def opened() -> None:
         async with AsyncExitStack() as stack:
-            await open_pool(settings, StoreDir(settings.store_dir), Authorities.load(), stack)
+            await open_pool(
+                settings, StoreDir(settings.store_dir), Authorities.load(settings), stack
+            )
 
     trio.run(opened)

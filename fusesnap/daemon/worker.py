@@ -175,10 +175,10 @@ def main() -> None:
     """Run."""
     given, fuse, init_request, ready = sys.argv[1:]
     log_to_stderr()
-    authorities = Authorities.load()  # readers wait for what comes after the turn
-    wait_for_turn(int(ready))
-    settings = handed_down(given)
     with explained("worker"):
+        settings = handed_down(given)
+        authorities = Authorities.load(settings)  # readers wait for what comes after the turn
+        wait_for_turn(int(ready))
         trio.run(serve, settings, authorities, fuse, bytes.fromhex(init_request), int(ready))
 
 

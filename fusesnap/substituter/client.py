@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import netrc
 import ssl
 from http.cookiejar import CookieJar, DefaultCookiePolicy
 from pathlib import Path
@@ -13,6 +12,7 @@ from fusesnap.errors import InvalidConfiguration
 from fusesnap.nix.store_path import StoreDir
 from fusesnap.substituter.addresses import parse_cache_url
 from fusesnap.substituter.base import DEFAULT_STORE_DIR, Substituter
+from fusesnap.substituter.credentials import Secrets
 from fusesnap.substituter.file import FileSubstituter
 from fusesnap.substituter.http import DEFAULT_TIMEOUTS, HttpSubstituter, Timeouts
 from fusesnap.substituter.retry import DEFAULT_RETRIES, RetryPolicy
@@ -25,7 +25,6 @@ def make_client(
     idle: float = 60.0,
     timeouts: Timeouts = DEFAULT_TIMEOUTS,
     trust_env: bool = False,
-    netrc_file: Path | None = None,
     ca_file: Path | None = None,
     tls: ssl.SSLContext | None = None,
     proxy: str | None = None,
@@ -38,10 +37,9 @@ def make_client(
     connections, 6.6 s over 64). An ``idle`` connection is kept for that many seconds.
     ``trust_env`` takes proxies and ``SSL_CERT_FILE`` from the environment, ``proxy`` is one for
     everything.
-    ``netrc_file`` holds user names and passwords by host. ``ca_file`` replaces the certificate
-    authorities that the system and certifi know. ``tls`` is a :func:`tls_context` made before, for
-    this client alone: a connection sets in it which versions of HTTP it offers. Raises
-    InvalidConfiguration that names the file.
+    ``ca_file`` holds certificate authorities beside those that the system and certifi know. ``tls``
+    is a :func:`tls_context` made before, for this client alone: a connection sets in it which
+    versions of HTTP it offers. Raises InvalidConfiguration that names the file.
     """
     return httpx.AsyncClient(
         http2=http2,
@@ -52,7 +50,6 @@ def make_client(
             keepalive_expiry=idle,
         ),
         timeout=httpx.Timeout(timeouts.stall, connect=timeouts.connect, pool=timeouts.lookup),
-        auth=None if netrc_file is None else _netrc_auth(netrc_file),
         headers={"User-Agent": user_agent, "Accept": "*/*"},
         # A cache has no use for cookies, and a jar has no limit.
         cookies=CookieJar(DefaultCookiePolicy(allowed_domains=())),
@@ -69,12 +66,19 @@ def open_substituter(
     store_dir: StoreDir = DEFAULT_STORE_DIR,
     retry: RetryPolicy = DEFAULT_RETRIES,
     timeouts: Timeouts = DEFAULT_TIMEOUTS,
+    secrets: Secrets | None = None,
 ) -> Substituter:
     """Make the substituter for a URL of any scheme that is known; raises InvalidConfiguration."""
     if parse_cache_url(url).scheme == "file":
         return FileSubstituter(url, store_dir=store_dir)
     return HttpSubstituter(
-        url, client, transfers=transfers, store_dir=store_dir, retry=retry, timeouts=timeouts
+        url,
+        client,
+        transfers=transfers,
+        store_dir=store_dir,
+        retry=retry,
+        timeouts=timeouts,
+        secrets=secrets,
     )
 
 
@@ -83,24 +87,17 @@ def tls_context(ca_file: Path | None = None, *, trust_env: bool = False) -> ssl.
 
     To read all certificate authorities takes some 30 ms of CPU.
     """
-    if ca_file is None:
-        # certifi's, and what the operator added to the system's.
-        context = httpx.create_ssl_context(trust_env=trust_env)
-        context.load_default_certs()
-        return context
-    try:
-        return ssl.create_default_context(cafile=str(ca_file))
-    except (OSError, ssl.SSLError) as error:
-        raise InvalidConfiguration(
-            f"certificate authorities in {ca_file} cannot be read: {error}"
-        ) from error
-
-
-def _netrc_auth(file: Path) -> httpx.Auth:
-    try:
-        return httpx.NetRCAuth(str(file))
-    except (OSError, netrc.NetrcParseError, UnicodeDecodeError) as error:
-        raise InvalidConfiguration(f"netrc file {file} cannot be read: {error}") from error
+    # certifi's, and what the operator added to the system's.
+    context = httpx.create_ssl_context(trust_env=trust_env)
+    context.load_default_certs()
+    if ca_file is not None:
+        try:
+            context.load_verify_locations(cafile=str(ca_file))
+        except (OSError, ssl.SSLError) as error:
+            raise InvalidConfiguration(
+                f"certificate authorities in {ca_file} cannot be read: {error}"
+            ) from error
+    return context
 
 
 def _checked_proxy(proxy: str | None) -> httpx.Proxy | None:

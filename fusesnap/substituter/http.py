@@ -15,7 +15,7 @@ from fusesnap.errors import PathNotFound, Unavailable
 from fusesnap.nix.cache_info import MAX_CACHE_INFO_SIZE, CacheInfo
 from fusesnap.nix.narinfo import MAX_NARINFO_SIZE, NarInfo
 from fusesnap.nix.store_path import HashPart, StoreDir, StorePath
-from fusesnap.substituter.addresses import CacheAddress, parse_http_url
+from fusesnap.substituter.addresses import parse_http_url
 from fusesnap.substituter.answers import (
     MISSING_CACHE_INFO,
     narinfo_name,
@@ -24,10 +24,12 @@ from fusesnap.substituter.answers import (
 )
 from fusesnap.substituter.base import CACHE_INFO_NAME, DEFAULT_STORE_DIR
 from fusesnap.substituter.body import disregard, pieces_of, read_body
+from fusesnap.substituter.credentials import Secrets
 from fusesnap.substituter.retry import DEFAULT_RETRIES, Refusal, Retries, RetryPolicy
 from fusesnap.substituter.transfer import Transfer
 from fusesnap.substituter.transport import status_error, translated
 
+_NOT_ALLOWED: Final = (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN)
 MAX_REDIRECTS: Final = 10  # as Nix; a CDN needs one or two
 # Requests for narinfos at a time. Over HTTP/1.1 as many as there are connections: more wait in
 # httpx's queue, which is walked through at every change. HTTP/2 takes 100 streams everywhere (RFC
@@ -84,6 +86,7 @@ class HttpSubstituter:
         store_dir: StoreDir = DEFAULT_STORE_DIR,
         retry: RetryPolicy = DEFAULT_RETRIES,
         timeouts: Timeouts = DEFAULT_TIMEOUTS,
+        secrets: Secrets | None = None,
     ) -> None:
         self._address = parse_http_url(url)
         self._client = client
@@ -91,8 +94,7 @@ class HttpSubstituter:
         self._store_dir = store_dir
         self._retry = retry
         self._timeouts = timeouts
-        self._origin = _origin(httpx.URL(self._address.url))
-        self._auth = _own_auth(self._address)
+        self._credentials = (secrets or Secrets()).of(self._address)
         self._lookups = trio.CapacityLimiter(_LOOKUPS_HTTP1)
 
     @property
@@ -201,20 +203,47 @@ class HttpSubstituter:
         httpx would read the body of every redirect to its end, however long it is.
         """
         request = client.build_request("GET", url, headers=headers, timeout=self._httpx_timeouts())
+        await self._credentials.look()
         for _ in range(1 + MAX_REDIRECTS):
-            # User name and password of the cache's URL are for its own server alone.
-            own = self._auth if _origin(request.url) == self._origin else None
-            response = await client.send(
-                request,
-                stream=True,
-                auth=httpx.USE_CLIENT_DEFAULT if own is None else own,
-                follow_redirects=False,
-            )
+            response = await self._send_once(client, request)
+            if response.status_code in _NOT_ALLOWED:
+                response = await self._send_again_if_renewed(client, response)
             if response.next_request is None:
                 return response
             request = response.next_request
             await disregard(response)
         raise httpx.TooManyRedirects(f"more than {MAX_REDIRECTS} redirects", request=request)
+
+    async def _send_once(self, client: httpx.AsyncClient, request: httpx.Request) -> httpx.Response:
+        # httpx takes over what the request before a redirect said.
+        request.headers.pop("Authorization", None)
+        header = self._credentials.header(request.url)
+        if header is not None:
+            request.headers["Authorization"] = header
+        response = await client.send(request, stream=True, auth=None, follow_redirects=False)
+        if response.is_success:
+            self._credentials.note_accepted(response)
+        return response
+
+    async def _send_again_if_renewed(
+        self, client: httpx.AsyncClient, response: httpx.Response
+    ) -> httpx.Response:
+        """Send a request that was not allowed once more, if what it said of us has changed meanwhile.
+
+        Raises Refusal where it is for lack of the right word. A server that has taken that word before, and forbids
+        one file, has its own reasons.
+        """
+        if await self._credentials.renewed(response):
+            await disregard(response)
+            response = await self._send_once(client, response.request)
+        status = HTTPStatus(response.status_code)
+        forbidden = status == HTTPStatus.FORBIDDEN and not self._credentials.are_accepted(response)
+        if status == HTTPStatus.UNAUTHORIZED or forbidden:
+            await disregard(response)
+            said = f"{status.value} {status.phrase.lower()}"
+            why = self._credentials.explanation(response.request.url)
+            raise Refusal(f"{self.url}: {said}: {why}")
+        return response
 
     def _httpx_timeouts(self) -> httpx.Timeout:
         # Waiting for a connection of the pool is bounded by the deadlines around it.
@@ -239,13 +268,3 @@ async def _pause(error: Unavailable, transfer: Transfer, retries: Retries) -> No
     if transfer.take_progress():
         retries.progressed()
     await retries.wait(error)
-
-
-def _own_auth(address: CacheAddress) -> httpx.Auth | None:
-    if not address.username and not address.password:
-        return None
-    return httpx.BasicAuth(address.username, address.password)
-
-
-def _origin(url: httpx.URL) -> tuple[str, str, int | None]:
-    return url.scheme, url.host, url.port

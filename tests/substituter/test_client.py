@@ -76,32 +76,6 @@ async def test_nothing_listens(nginx: Nginx) -> None:
             await HttpSubstituter("http://127.0.0.1:1", client).narinfo(sample().path)
 
 
-async def test_netrc(network: MemoryNetwork, tmp_path: Path) -> None:
-    netrc = tmp_path / "netrc"
-    netrc.write_text("machine cache login me password secret\n")
-    published = sample()
-    for host in ("cache", "other"):
-        network.server(host).on(f"/{published.narinfo_name}", Reply(200, published.narinfo))
-    async with network.attach(make_client(netrc_file=netrc)) as client:
-        await HttpSubstituter("http://cache", client).narinfo(published.path)
-        await HttpSubstituter("http://other", client).narinfo(published.path)
-        await HttpSubstituter("http://you:too@cache", client).narinfo(published.path)
-    own = [request.headers.get("authorization") for request in network.servers["cache"].requests]
-    assert own == [
-        httpx.BasicAuth(*pair)._auth_header for pair in (("me", "secret"), ("you", "too"))
-    ]
-    assert "authorization" not in network.servers["other"].requests[0].headers
-
-
-@pytest.mark.parametrize("contents", [None, b"nonsense cache", b"\xff\xfe"])
-def test_netrc_that_cannot_be_read(tmp_path: Path, contents: bytes | None) -> None:
-    netrc = tmp_path / "netrc"
-    if contents is not None:
-        netrc.write_bytes(contents)
-    with pytest.raises(InvalidConfiguration, match=str(netrc)):
-        make_client(netrc_file=netrc)
-
-
 @pytest.mark.parametrize("contents", [None, "no certificate"])
 def test_certificate_authorities_that_cannot_be_read(tmp_path: Path, contents: str | None) -> None:
     file = tmp_path / "ca.pem"

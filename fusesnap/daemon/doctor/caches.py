@@ -15,7 +15,7 @@ import httpx
 import trio
 
 from fusesnap.config import Settings
-from fusesnap.daemon.build import LOOKUP_CONNECTIONS, open_client, timeouts
+from fusesnap.daemon.build import LOOKUP_CONNECTIONS, authorities, open_client, secrets, timeouts
 from fusesnap.daemon.doctor.findings import (
     CONFIGURATION,
     NO_PERMISSION,
@@ -34,7 +34,7 @@ from fusesnap.nix.store_path import StoreDir, StorePath
 from fusesnap.nix.trust import check_trust
 from fusesnap.substituter.answers import MISSING_CACHE_INFO
 from fusesnap.substituter.base import Substituter
-from fusesnap.substituter.client import open_substituter, tls_context
+from fusesnap.substituter.client import open_substituter
 from fusesnap.substituter.narinfo_cache import NarInfoCache
 
 # Seconds by which our clock may differ from a cache's; certificates that are fresh fail beyond the second.
@@ -84,11 +84,15 @@ async def _examine(
     settings: Settings, store_dir: StoreDir, sample: StorePath | None
 ) -> list[Finding]:
     clock = Clock()
-    tls = tls_context(trust_env=True)
-    async with open_client(settings, tls, http2=True, connections=LOOKUP_CONNECTIONS) as client:
+    told = secrets(settings)
+    async with open_client(
+        settings, authorities(settings), http2=True, connections=LOOKUP_CONNECTIONS
+    ) as client:
         client.event_hooks = {"response": [clock.look]}
         substituters = [
-            open_substituter(url, client, store_dir=store_dir, timeouts=timeouts(settings))
+            open_substituter(
+                url, client, store_dir=store_dir, timeouts=timeouts(settings), secrets=told
+            )
             for url in settings.substituters
         ]
         found: dict[str, list[Finding]] = {each.url: [] for each in substituters}
@@ -125,7 +129,8 @@ async def _cache(
 
 
 _REACH: Final = (
-    "mend the URL, the network, proxies or passwords (netrc-file); or take it out of substituters"
+    "mend the URL, the network, proxies, passwords (netrc-file, token-files) or ca-file;"
+    " or take it out of substituters"
 )
 
 
