@@ -183,7 +183,9 @@ def _sha256(file: Path) -> str:
 
 def _apt(*argv: str, cwd: Path | None = None) -> str:
     """Run an apt tool; where that fails, once more after fetching the lists of packages, which may lack or be old."""
-    command = [argv[0], "-o", "APT::Sandbox::User=root", *argv[1:]]
+    # What is installed here may have come from elsewhere, and cannot be downloaded.
+    command = [argv[0], "-o", "APT::Sandbox::User=root", "-o", "Dir::State::status=/dev/null"]
+    command += argv[1:]
     environment = {"LC_ALL": "C", "DEBIAN_FRONTEND": "noninteractive"}
     try:
         return run(command, cwd=cwd, env=environment, timeout=300)

@@ -12,17 +12,24 @@ import io
 import json
 import platform
 import tarfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 from typing import Any
 
+import zstandard
+
 from testbed.nix_store import Closure, NixStore
 
-LAYER_TYPE = "application/vnd.oci.image.layer.v1.tar+gzip"
+LAYER_TYPE = "application/vnd.oci.image.layer.v1.tar"
 CONFIG_TYPE = "application/vnd.oci.image.config.v1+json"
 MANIFEST_TYPE = "application/vnd.oci.image.manifest.v1+json"
+# With the levels that image builders have by default.
+_COMPRESS: dict[str, Callable[[bytes], bytes]] = {
+    "gzip": lambda data: gzip.compress(data, 6, mtime=0),
+    "zstd": lambda data: zstandard.ZstdCompressor(level=3).compress(data),
+}
 ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64"}
 
 WHITEOUT = ".wh."
@@ -189,8 +196,12 @@ def write_image(
     entrypoint: Sequence[str] = (),
     environment: Mapping[str, str] | None = None,
     working_directory: str = "/",
+    compression: str = "gzip",
 ) -> Path:
-    """Write an image as an ``oci-archive`` and return its file. ``name`` is its reference, as in ``redis:latest``."""
+    """Write an image as an ``oci-archive`` and return its file. ``name`` is its reference, as in ``redis:latest``.
+
+    ``compression`` of its layers is gzip or zstd.
+    """
     config = {
         "architecture": ARCHITECTURES[platform.machine()],
         "os": "linux",
@@ -208,7 +219,12 @@ def write_image(
         "mediaType": MANIFEST_TYPE,
         "config": _blob(blobs, CONFIG_TYPE, _json(config)),
         "layers": [
-            _blob(blobs, LAYER_TYPE, gzip.compress(layer.tar, mtime=0), layer.annotations)
+            _blob(
+                blobs,
+                f"{LAYER_TYPE}+{compression}",
+                _COMPRESS[compression](layer.tar),
+                layer.annotations,
+            )
             for layer in layers
         ],
     }

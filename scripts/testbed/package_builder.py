@@ -30,6 +30,8 @@ LAYOUT = {
     "usr/share": "share",
     "etc": "etc",
 }
+# What an environment has of its packages, as it is named below their store paths.
+LINKED = ("bin", "share", "lib/python3*")
 LEFT_OUT = ("bug", "doc", "lintian", "locale", "man")
 C_LIBRARY = "libc6"
 ELF_MAGIC = b"\x7fELF"
@@ -40,10 +42,11 @@ def main() -> None:
     os.environ["PATH"] = "/usr/bin:/bin"
     out = Path(ATTRIBUTES["out"])
     if ATTRIBUTES["kind"] == "environment":
-        link_programs(out, ATTRIBUTES["packages"].split())
+        link_packages(out, [Path(package) for package in ATTRIBUTES["packages"].split()])
         return
     needs = [Path(path) for path in ATTRIBUTES["dependencies"].split()]
     unpack(ATTRIBUTES["archive"], Path("unpacked"), out)
+    compile_modules(out)
     for file in sorted(out.rglob("*")):
         if file.is_symlink():
             redirect_link(file, out, needs)
@@ -52,16 +55,27 @@ def main() -> None:
             patch_elf(file, out, needs)
 
 
-def link_programs(out: Path, packages: Iterable[str]) -> None:
-    """Make ``bin/`` and ``share/`` of an environment; of files with one name, the first package's counts."""
-    for directory in ("bin", "share"):
-        (out / directory).mkdir(parents=True)
-        for file in (
-            file for package in packages for file in sorted(Path(package).glob(f"{directory}/*"))
-        ):
-            link = out / directory / file.name
-            if not os.path.lexists(link):
-                link.symlink_to(file)
+def link_packages(out: Path, packages: Sequence[Path]) -> None:
+    """Fill an environment with links into its packages."""
+    out.mkdir()
+    found = (
+        file.relative_to(base) for base in packages for each in LINKED for file in base.glob(each)
+    )
+    for directory in sorted(set(found)):
+        (out / directory).parent.mkdir(parents=True, exist_ok=True)
+        merge(out / directory, [base / directory for base in packages])
+
+
+def merge(target: Path, sources: Iterable[Path]) -> None:
+    """Make a directory of links; what several have as a directory is one too. Of other things the first counts."""
+    target.mkdir()
+    directories = [source for source in sources if source.is_dir()]
+    for name in sorted({file.name for source in directories for file in source.iterdir()}):
+        having = [source / name for source in directories if os.path.lexists(source / name)]
+        if len(having) > 1 and having[0].is_dir() and not having[0].is_symlink():
+            merge(target / name, having)
+        else:
+            (target / name).symlink_to(having[0])
 
 
 def unpack(archive: str, unpacked: Path, out: Path) -> None:
@@ -79,6 +93,16 @@ def unpack(archive: str, unpacked: Path, out: Path) -> None:
     for source, target in LAYOUT.items():
         if (unpacked / source).is_dir():
             shutil.copytree(unpacked / source, out / target, symlinks=True, dirs_exist_ok=True)
+
+
+def compile_modules(out: Path) -> None:
+    """Compile Python modules, as Debian does when it installs them and nixpkgs when it builds them."""
+    directories = [str(each) for each in out.glob("lib/python3*")]
+    if directories:
+        options = ["-q", "-q", "--invalidation-mode", "unchecked-hash", "-s", str(out)]
+        # Some modules are tests that no compiler takes.
+        command = ["python3", "-m", "compileall", *options, *directories]
+        subprocess.run(command, check=False, env={**os.environ, "PYTHONHASHSEED": "0"})
 
 
 def redirect_link(link: Path, out: Path, needs: Sequence[Path]) -> None:

@@ -1,0 +1,259 @@
+"""Cold starts over a link: fusesnap beside what realises or pulls everything first, and beside the least possible."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import platform
+import statistics
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from testbed.binary_cache import CacheFiles, SigningKey, http_cache, signing_key, write_cache
+from testbed.containerd_configuration import Release
+from testbed.fusesnap_daemon import Source
+from testbed.link_process import slow_link
+from testbed.nix_store import NixStore
+from testbed.registry import Registry, registry
+from testbed.workplace import default_work, run_directory
+
+from benchmarks.coldstart_sides import Eager, Fusesnap, Ordinary, Scene, Side, Started, Warm, start
+from benchmarks.coldstart_workloads import WORKLOADS, Built, Workload
+from benchmarks.touched_pages import PAGE, Touched, touched
+
+DESCRIPTION = """\
+Starts real containers through containerd and runc on machines that have nothing yet, over an emulated link, and takes
+the time from the pull to the first output. All sides take turns, each with fresh state and cold caches of the kernel.
+The limit is what no way of fetching can save: two round trips, the pages that the start touches as one zstd stream of
+the highest level over the link, and the same start with everything local and warm.
+"""
+ROUNDING = 16 * 1024  # bytes to which a startup bundle rounds extents
+PROFILES = {"5": (5e6, 0.2), "20": (20e6, 0.08), "100": (100e6, 0.02), "1000": (1e9, 0.001)}
+KINDS = ("nix", "gzip", "zstd")
+
+
+@dataclass(frozen=True, slots=True)
+class Profile:
+    """A link: ``rate`` in bits a second each way, ``round_trip`` in seconds."""
+
+    name: str
+    rate: float
+    round_trip: float
+
+    def seconds(self, size: int) -> float:
+        """The least that a start takes which needs ``size`` bytes: they cross, after two round trips."""
+        return 2 * self.round_trip + size * 8 / self.rate
+
+
+@dataclass
+class Result:
+    """What was measured of one workload over one link; figures by side, in the order of the rounds."""
+
+    workload: str
+    profile: Profile
+    touched: list[Touched]
+    starts: dict[str, list[Started]] = field(default_factory=dict)
+
+    def median(self, side: str) -> float:
+        """Seconds."""
+        return statistics.median(each.seconds for each in self.starts[side])
+
+    def limits(self) -> dict[int, float]:
+        """Seconds, by the rounding of extents."""
+        warm = self.median(Warm.name)
+        return {
+            each.rounding: self.profile.seconds(each.compressed) + warm for each in self.touched
+        }
+
+    def as_json(self) -> dict[str, Any]:
+        """Everything, in seconds and bytes."""
+        return {
+            "workload": self.workload,
+            "rate": self.profile.rate,
+            "round_trip": self.profile.round_trip,
+            "touched": {each.rounding: [each.plain, each.compressed] for each in self.touched},
+            "limit": self.limits(),
+            "starts": {
+                side: {
+                    "seconds": [each.seconds for each in starts],
+                    "median": self.median(side),
+                    "crossed": statistics.median(each.crossed for each in starts),
+                }
+                for side, starts in self.starts.items()
+            },
+        }
+
+    def as_table(self) -> Table:
+        """For a person."""
+        rate, trip = self.profile.rate / 1e6, self.profile.round_trip * 1e3
+        table = Table(title=f"{self.workload}, {rate:g} Mbit/s, {trip:g} ms", title_justify="left")
+        for column in ("start", "median s", "least", "most", "MB over the link", "x limit"):
+            table.add_column(column, justify="left" if column == "start" else "right")
+        limit = self.limits()[ROUNDING]
+        for side, starts in self.starts.items():
+            seconds = [each.seconds for each in starts]
+            crossed = statistics.median(each.crossed for each in starts) / 1e6
+            figures = [self.median(side), min(seconds), max(seconds)]
+            cells = [f"{each:.2f}" for each in (*figures, crossed, figures[0] / limit)]
+            table.add_row(side, *cells)
+        for each in self.touched:
+            table.add_row(
+                f"limit, extents rounded to {each.rounding // 1024} KiB",
+                f"{self.limits()[each.rounding]:.2f}",
+                *("", ""),
+                f"{each.compressed / 1e6:.2f}",
+                f"{self.limits()[each.rounding] / limit:.2f}",
+            )
+        return table
+
+
+def sides() -> list[Side]:
+    """All ways to start."""
+    return [
+        Warm(),
+        Fusesnap("fusesnap, stock cache", "stock"),
+        Eager(),
+        Eager(copying=True),
+        Ordinary("gzip"),
+        Ordinary("zstd"),
+    ]
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """A workload whose images are in the registry and whose closure is in a cache."""
+
+    built: Built
+    files: CacheFiles
+    images: dict[str, str]
+
+
+def make_ready(
+    workload: Workload, work: Path, key: SigningKey, images: Registry, directory: Path
+) -> Ready:
+    """Build what is not there yet."""
+    built = Built.make(workload, NixStore(work / "store"))
+    name = f"cold-{workload.name}"
+    files = write_cache(built.store, [built.closure.root], work / f"cache-{name}", key=key)
+    archives = {kind: directory / f"{name}-{kind}.tar" for kind in KINDS}
+    built.nix_image(archives["nix"])
+    for kind in KINDS[1:]:
+        built.ordinary_image(archives[kind], kind)
+    names = {kind: f"{archive.stem}:latest" for kind, archive in archives.items()}
+    for kind, archive in archives.items():
+        images.push(archive, names[kind])
+        archive.unlink()
+    return Ready(built, files, names)
+
+
+@contextlib.contextmanager
+def scene(
+    ready: Ready, profile: Profile, key: SigningKey, images: Registry, directory: Path
+) -> Iterator[Scene]:
+    """Everything behind one link."""
+    with (
+        http_cache(ready.files, directory / "nginx") as cache,
+        slow_link(
+            {"stock": cache.port, "registry": images.port},
+            directory,
+            rate=profile.rate,
+            round_trip=profile.round_trip,
+        ) as link,
+    ):
+        port = link.port("registry")
+        references = {
+            kind: images.reference(name, port=port) for kind, name in ready.images.items()
+        }
+        local = Source([cache.url], [key.public])
+        yield Scene(
+            ready.built, link, key, references, local, images.reference(ready.images["nix"])
+        )
+
+
+def measure(
+    ready: Ready,
+    profile: Profile,
+    key: SigningKey,
+    images: Registry,
+    directory: Path,
+    chosen: Sequence[Side],
+    rounds: int,
+) -> Result:
+    """All sides, in turns."""
+    result = Result(
+        ready.built.workload.name, profile, touched(ready.built, directory, (PAGE, ROUNDING))
+    )
+    for number in range(rounds):
+        for side in chosen:
+            with (
+                run_directory("fs-cold-") as place,
+                scene(ready, profile, key, images, place) as on,
+            ):
+                taken = start(side, on, place / "m")
+            result.starts.setdefault(side.name, []).append(taken)
+            print(
+                f"{number + 1}/{rounds} {result.workload} {profile.name} {side.name}: "
+                f"{taken.seconds:.2f} s, {taken.crossed / 1e6:.2f} MB",
+                file=sys.stderr,
+                flush=True,
+            )
+    return result
+
+
+def machine() -> dict[str, str]:
+    """What it was measured on."""
+    return {
+        "kernel": platform.release(),
+        "processors": str(os.cpu_count()),
+        "python": platform.python_version(),
+        "containerd": Release.of().text,
+    }
+
+
+def main() -> int:
+    """Measure, print; returns the exit status."""
+    given = _arguments()
+    chosen = [
+        side
+        for side in sides()
+        if not given.side or isinstance(side, Warm) or any(text in side.name for text in given.side)
+    ]
+    results = []
+    with run_directory("fs-cold-") as directory, registry(directory) as images:
+        key = signing_key(given.work / "keys")
+        for name in given.workload or WORKLOADS:
+            ready = make_ready(WORKLOADS[name], given.work, key, images, directory)
+            for profile in given.profile or ["20"]:
+                link = Profile(profile, *PROFILES[profile])
+                results.append(measure(ready, link, key, images, directory, chosen, given.rounds))
+    if given.json:
+        print(json.dumps({"machine": machine(), "results": [each.as_json() for each in results]}))
+    else:
+        say = Console(highlight=False, soft_wrap=True)
+        for result in results:
+            say.print(result.as_table())
+        say.print(", ".join(f"{key} {value}" for key, value in machine().items()))
+    return 0
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="scripts/bench coldstart", description=DESCRIPTION)
+    add = parser.add_argument
+    add("--rounds", type=int, default=5, help="starts of each side (5)")
+    add("--workload", action="append", choices=list(WORKLOADS), help="one or several; default all")
+    add("--profile", action="append", choices=list(PROFILES), help="Mbit/s; default 20")
+    add("--side", action="append", metavar="TEXT", help="only sides whose name has TEXT")
+    add("--json", action="store_true", help="print JSON, in seconds and bytes")
+    add("--work", type=Path, default=default_work(), help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,191 @@
+"""The ways to start a container that the cold-start benchmark compares, each on a machine that has nothing yet."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from testbed.binary_cache import SigningKey
+from testbed.containerd import Containerd, containerd
+from testbed.fusesnap_daemon import Source, fusesnap_daemon, prefetch
+from testbed.link_process import RunningLink
+from testbed.nix_store import CONFIGURATION, STORE_DIR
+from testbed.processes import CommandFailed, run, run_until_output
+
+from benchmarks.coldstart_workloads import Built
+
+START_SECONDS = 600
+JOBS = 16  # substitutions at once of the eager side
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """One start: seconds from the pull to the first output, and bytes over the link by then."""
+
+    seconds: float
+    crossed: int
+
+
+@dataclass(frozen=True, slots=True)
+class Scene:
+    """What all starts of one workload share. ``references`` are of images by their kind, over the link."""
+
+    built: Built
+    link: RunningLink
+    key: SigningKey
+    references: dict[str, str]
+    local_source: Source
+    local_reference: str
+
+    def source(self, cache: str) -> Source:
+        """A binary cache over the link."""
+        return Source([self.link.url(cache)], [self.key.public])
+
+
+class Side(ABC):
+    """A way to start; ``cold``: nothing of it may be in the kernel's caches."""
+
+    name: str
+    cold = True
+
+    @abstractmethod
+    def machine(
+        self, scene: Scene, directory: Path
+    ) -> contextlib.AbstractContextManager[Callable[[], list[str]]]:
+        """A machine that has nothing. What it gives fetches what is needed first and returns the command to run."""
+
+
+def start(side: Side, scene: Scene, directory: Path) -> Started:
+    """Start once. Raises CommandFailed where the output is not what is expected."""
+    directory.mkdir()
+    with side.machine(scene, directory) as prepare:
+        if side.cold:
+            drop_caches()
+        crossed, began = scene.link.down(), time.monotonic()
+        ends: list[Started] = []
+
+        def stop() -> None:
+            seconds = time.monotonic() - began
+            ends.append(Started(seconds, scene.link.down() - crossed))
+
+        output = run_until_output(prepare(), stop, timeout=START_SECONDS)
+    expected = scene.built.workload.output
+    if expected not in output.split():
+        raise CommandFailed(
+            f"{side.name}: {scene.built.workload.name} said {output!r}, not {expected!r}"
+        )
+    return ends[0]
+
+
+def drop_caches() -> None:
+    """Have the kernel forget what it has read from disks (proc(5))."""
+    run(["sync"], timeout=START_SECONDS)
+    Path("/proc/sys/vm/drop_caches").write_text("3")
+
+
+class Fusesnap(Side):
+    """Ours, from the binary cache ``cache``. ``options`` are of the daemon."""
+
+    def __init__(self, name: str, cache: str, options: Sequence[str] = ()) -> None:
+        self.name = name
+        self._cache = cache
+        self._options = options
+
+    @contextlib.contextmanager
+    def machine(self, scene: Scene, directory: Path) -> Iterator[Callable[[], list[str]]]:
+        """See Side."""
+        with (
+            fusesnap_daemon(
+                directory / "s", source=scene.source(self._cache), options=self._options
+            ) as daemon,
+            containerd(directory / "c", proxy=daemon.address) as client,
+        ):
+            yield lambda: _pulled(client, scene.references["nix"])
+
+
+class Ordinary(Side):
+    """An image that carries everything, in containerd's overlayfs."""
+
+    def __init__(self, compression: str) -> None:
+        self.name = f"OCI pull, {compression}"
+        self._kind = compression
+
+    @contextlib.contextmanager
+    def machine(self, scene: Scene, directory: Path) -> Iterator[Callable[[], list[str]]]:
+        """See Side."""
+        with containerd(directory / "c") as client:
+            yield lambda: _pulled(client, scene.references[self._kind])
+
+
+class Eager(Side):
+    """The closure is realised by real Nix and bound into the container, a mount a store path, as nix-snapshotter does.
+
+    ``copying`` uses ``nix copy``, which substitutes in its own way.
+    """
+
+    def __init__(self, *, copying: bool = False) -> None:
+        self.name = "nix copy, bind mounts" if copying else "nix-store --realise, bind mounts"
+        self._copying = copying
+
+    @contextlib.contextmanager
+    def machine(self, scene: Scene, directory: Path) -> Iterator[Callable[[], list[str]]]:
+        """See Side."""
+        nix = directory / "nix"
+        with containerd(directory / "c") as client:
+
+            def prepare() -> list[str]:
+                client.pull(scene.references["nix"], timeout=START_SECONDS)
+                self._realise(scene, nix)
+                options = [word for path in scene.built.closure.paths for word in _bind(nix, path)]
+                return client.run_command(
+                    scene.references["nix"], "one", options=["--rm", *options]
+                )
+
+            yield prepare
+
+    def _realise(self, scene: Scene, nix: Path) -> None:
+        store = f"local?store={STORE_DIR}&real={nix}/store&state={nix}/var&log={nix}/log"
+        url, root = scene.link.url("stock"), scene.built.closure.root
+        if self._copying:
+            command = ["nix", "copy", "--from", url, "--to", store, root]
+        else:
+            command = ["nix-store", "--store", store, "--realise", root, "--max-jobs", str(JOBS)]
+            command += ["--option", "substituters", url]
+        command += ["--option", "trusted-public-keys", scene.key.public]
+        run(command, env=CONFIGURATION, timeout=START_SECONDS)
+
+
+class Warm(Side):
+    """Ours with everything local and warm: the part of a start that no fetching can save."""
+
+    name = "fusesnap, all local and warm"
+    cold = False
+
+    @contextlib.contextmanager
+    def machine(self, scene: Scene, directory: Path) -> Iterator[Callable[[], list[str]]]:
+        """See Side; the closure is there, and a container of it has run."""
+        state, source = directory / "s", scene.local_source
+        with (
+            fusesnap_daemon(state, source=source) as daemon,
+            containerd(directory / "c", proxy=daemon.address) as client,
+        ):
+            prefetch(state, [scene.built.closure.root], source=source, timeout=START_SECONDS)
+            reference = scene.local_reference
+            client.pull(reference)
+            client.run(reference, "before", timeout=START_SECONDS)
+            client.ctr("images", "rm", "--sync", reference)
+            yield lambda: _pulled(client, reference)
+
+
+def _pulled(client: Containerd, reference: str) -> list[str]:
+    client.pull(reference, timeout=START_SECONDS)
+    return client.run_command(reference, "one")
+
+
+def _bind(nix: Path, path: str) -> list[str]:
+    source = nix / "store" / Path(path).name
+    return ["--mount", f"type=bind,src={source},dst={path},options=rbind:ro"]
