@@ -12,6 +12,7 @@ from fusesnap.cli.daemon import daemon
 from fusesnap.cli.doctor import doctor
 from fusesnap.cli.mount import mount
 from fusesnap.cli.prefetch import prefetch
+from fusesnap.cli.publish import publish
 from fusesnap.cli.status import status
 from fusesnap.cli.store import store
 from fusesnap.errors import FusesnapError
@@ -42,7 +43,7 @@ def cli() -> None:
     """
 
 
-for command in (daemon, mount, prefetch, status, cancel, store, doctor, completion):
+for command in (daemon, mount, prefetch, publish, status, cancel, store, doctor, completion):
     cli.add_command(command)
 
 

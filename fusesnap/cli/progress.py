@@ -115,3 +115,27 @@ class FetchProgress(_Bar):
     def update(self, description: str, done: int, total: int) -> None:
         """``done`` of ``total`` bytes of NARs are committed or on their way."""
         self._bar.update(self._task, description=description, completed=done, total=total)
+
+
+class PublishProgress(_Bar):
+    """A bar over the NARs that are published or checked."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(
+            what,
+            TextColumn(what),
+            BarColumn(),
+            DownloadColumn(),
+            TransferSpeedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.description}"),
+            transient=True,
+        )
+
+    def plan(self, total: int) -> None:
+        """There are ``total`` bytes of NARs to do."""
+        self._bar.update(self._task, total=total)
+
+    def advance(self, name: str, size: int) -> None:
+        """A path ``name`` with ``size`` bytes of NAR is done."""
+        self._bar.update(self._task, advance=size, description=name)

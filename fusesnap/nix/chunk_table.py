@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import Final
 
+import zstandard
+
 from fusesnap.errors import ContentMismatch, InvalidData
 from fusesnap.nix.hash_parts import Occurrence, blanked
 
@@ -44,6 +46,24 @@ class Chunk:
     def file_end(self) -> int:
         """Where it ends in the file."""
         return self.file_start + self.file_size
+
+    def unpack(self, frame: bytes) -> bytes:
+        """Return the contents of the chunk, of which ``frame`` are the bytes in the file, checked.
+
+        Raises :class:`ContentMismatch` where they are another's, :class:`InvalidData` where they are no frame.
+        """
+        try:
+            size = zstandard.frame_content_size(frame)
+            # A frame that lies of its size cannot make us take more memory than the chunk has.
+            if size != self.size:
+                raise ContentMismatch(
+                    f"chunk {self.number} unfolds to {size} bytes, not {self.size}"
+                )
+            data = zstandard.ZstdDecompressor().decompress(frame, allow_extra_data=False)
+        except zstandard.ZstdError as error:
+            raise InvalidData(f"chunk {self.number} cannot be decompressed: {error}") from None
+        self.check(data)
+        return data
 
     def check(self, data: bytes) -> None:
         """Raise :class:`ContentMismatch` unless ``data`` is the chunk."""

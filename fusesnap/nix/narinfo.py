@@ -123,11 +123,11 @@ def parse_narinfo(data: bytes, store_dir: StoreDir) -> NarInfo:
         raise InvalidData(f"narinfo: field {' and '.join(missing)} missing")
     return NarInfo(
         store_path=_field(single, "StorePath", store_dir.parse),
-        url=_field(single, "URL", _parse_url),
+        url=_field(single, "URL", parse_url),
         compression=_field(single, "Compression", _parse_compression, "bzip2"),
         file_hash=_optional(single, "FileHash", Hash.parse),
         # Nix prints and reads an unknown size as 0.
-        file_size=_optional(single, "FileSize", _parse_size) or None,
+        file_size=_optional(single, "FileSize", parse_size) or None,
         nar_hash=_field(single, "NarHash", _parse_nar_hash),
         nar_size=_field(single, "NarSize", _parse_nar_size),
         references=_field(single, "References", _parse_references, ""),
@@ -177,8 +177,8 @@ def _optional(fields: dict[str, str], name: str, parse: Callable[[str], T]) -> T
     return _field(fields, name, parse) if name in fields else None
 
 
-def _parse_url(text: str) -> str:
-    """Check a URL that is to be joined to a cache's own.
+def parse_url(text: str) -> str:
+    """Check a URL that is to be joined to a cache's own; raises :class:`InvalidData`.
 
     It must not lead out of the cache's directory.
     """
@@ -204,14 +204,15 @@ def _parse_compression(text: str) -> str:
     return name
 
 
-def _parse_size(text: str) -> int:
+def parse_size(text: str) -> int:
+    """Read a number of bytes; raises :class:`InvalidData`."""
     if not _DIGITS.fullmatch(text) or int(text) > MAX_SIZE:
         raise InvalidData(f"{quote(text)} is not a number of bytes from 0 to {MAX_SIZE}")
     return int(text)
 
 
 def _parse_nar_size(text: str) -> int:
-    size = _parse_size(text)
+    size = parse_size(text)
     if size == 0:
         raise InvalidData("0, but no NAR is empty")
     return size

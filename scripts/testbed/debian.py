@@ -21,6 +21,9 @@ from testbed.workplace import default_work
 SOURCE = "deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] {mirror} {suite} main\n"
 # The suites that have one containerd each, by the version that it must be.
 CONTAINERDS = {"1.6": "bookworm", "1.7": "trixie", "2": "sid"}
+# The suites that have a Nix other than the host's, by the version that it must be.
+NIXES = {"2.26": "trixie", "2.34": "sid"}
+LIBRARIES = ("usr/lib/x86_64-linux-gnu", "lib/x86_64-linux-gnu")
 SECONDS = 300  # for some 10 MB of index and 30 MB of package
 
 
@@ -49,10 +52,23 @@ def newest_runc() -> Path:
     return program.parent
 
 
-def unpacked(package: str, suite: str) -> Path:
+def nix_command(version: str) -> list[str]:
+    """How the ``nix`` of a ``version`` of NIXES is run, with its own libraries; downloaded the first time."""
+    suite = NIXES[version]
+    files = unpacked("nix-bin", suite, libraries=True)
+    search = os.pathsep.join(str(files / directory) for directory in LIBRARIES)
+    loader = files / LIBRARIES[0] / "ld-linux-x86-64.so.2"
+    command = [str(loader), "--library-path", search, "--argv0", "nix", str(files / "usr/bin/nix")]
+    said = run([*command, "--version"])
+    if f" {version}." not in said:
+        raise CommandFailed(f"Debian {suite} has {said.strip()}, expected Nix {version}.x")
+    return command
+
+
+def unpacked(package: str, suite: str, *, libraries: bool = False) -> Path:
     """The directory with the files of a package as ``suite`` has it now, or had it when it was downloaded.
 
-    To have the newest, remove the directory.
+    ``libraries``: and with those of all that it depends on. To have the newest, remove the directory.
     """
     kept = default_work() / "debian"
     kept.mkdir(parents=True, exist_ok=True)
@@ -61,20 +77,25 @@ def unpacked(package: str, suite: str) -> Path:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not target.exists():
             with tempfile.TemporaryDirectory(dir=kept, prefix=f"{target.name}-") as directory:
-                _download(package, suite, Path(directory))
+                _download(package, suite, Path(directory), libraries=libraries)
                 (Path(directory) / "files").rename(target)
     return target
 
 
-def _download(package: str, suite: str, work: Path) -> None:
+def _download(package: str, suite: str, work: Path, *, libraries: bool) -> None:
     """Download a package into ``work``, and unpack it in ``work/files``."""
     sources = work / "sources.list"
     sources.write_text(SOURCE.format(mirror=_mirror(), suite=suite))
     apt = ["apt-get", "--quiet", *_own_directories(work, sources)]
     run([*apt, "update"], timeout=SECONDS)
-    run([*apt, "download", package], timeout=SECONDS, cwd=work)
-    (archive,) = work.glob("*.deb")
-    run(["dpkg-deb", "--extract", archive, work / "files"])
+    if libraries:
+        # With no package installed, as _own_directories has it, this is all that it needs.
+        install = ["install", "--download-only", "--yes", "--no-install-recommends", package]
+        run([*apt, *install], timeout=SECONDS)
+    else:
+        run([*apt, "download", package], timeout=SECONDS, cwd=work)
+    for archive in (*work.glob("*.deb"), *work.glob("cache/archives/*.deb")):
+        run(["dpkg-deb", "--extract", archive, work / "files"])
 
 
 def _mirror() -> str:

@@ -1,0 +1,183 @@
+"""Builds what publishing needs, and runs it."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+from urllib.parse import unquote, urlsplit
+
+import trio
+
+from fusesnap.config import Settings
+from fusesnap.daemon.build import (
+    Authorities,
+    authorities,
+    open_client,
+    open_pool,
+    plain_errors,
+    secrets,
+)
+from fusesnap.errors import InvalidConfiguration, InvalidData, StorageFailure
+from fusesnap.nix.narinfo import NarInfo
+from fusesnap.nix.signature import PublicKey, SecretKey, TrustedKeys
+from fusesnap.nix.store_path import StoreDir
+from fusesnap.publish.check import Checked, Checker
+from fusesnap.publish.chunking import DEFAULT_CHUNK_SIZE
+from fusesnap.publish.destination import Destination, DirectoryDestination
+from fusesnap.publish.http_destination import HttpDestination
+from fusesnap.publish.packing import DEFAULT_LEVEL, Compressor, Packer
+from fusesnap.publish.publisher import Published, Publisher
+from fusesnap.publish.s3_destination import S3Destination
+from fusesnap.publish.source import CacheSource, Source, StoreSource, closure_of, infos_of
+from fusesnap.substituter.answers import narinfo_name
+
+DEFAULT_PRIORITY: Final = 40  # as cache.nixos.org has it
+CONNECTIONS: Final = 16  # to a server that takes PUT
+
+
+@dataclass(frozen=True, slots=True)
+class Publication:
+    """What to publish, and how.
+
+    ``source`` is a URL of a cache, or the root directory or state directory of a store; ``target`` a directory or a
+    URL. ``chunk_size`` in bytes; ``jobs`` are threads that compress.
+    """
+
+    source: str
+    target: str
+    paths: tuple[str, ...]
+    closure: bool
+    level: int = DEFAULT_LEVEL
+    chunk_size: int = DEFAULT_CHUNK_SIZE
+    jobs: int = 0
+    priority: int = DEFAULT_PRIORITY
+
+
+def read_secret_key(file: Path) -> SecretKey:
+    """The key in ``file``. Raises InvalidData and StorageFailure, whose messages do not show it."""
+    try:
+        text = file.read_text(encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise StorageFailure(f"{file}: {error.strerror}", error.errno or 0) from error
+    try:
+        return SecretKey.parse(text)
+    except InvalidData as error:
+        raise InvalidData(f"{file}: {error}") from None
+
+
+async def publish_paths(
+    settings: Settings,
+    publication: Publication,
+    key: SecretKey,
+    plan: Callable[[Sequence[NarInfo]], None],
+    tell: Callable[[Published], None],
+) -> list[Published]:
+    """Publish; ``plan`` is told what there is to do, ``tell`` of each path that is done.
+
+    Raises the first error met with; what is done by then stays, and is found by the next run.
+    """
+    store_dir = StoreDir(settings.store_dir)
+    paths = [store_dir.parse(text) for text in publication.paths]
+    with plain_errors():
+        async with AsyncExitStack() as stack:
+            source = await stack.enter_async_context(_open_source(settings, publication.source))
+            destination = await stack.enter_async_context(
+                open_destination(settings, publication.target)
+            )
+            executor = stack.enter_context(
+                ThreadPoolExecutor(publication.jobs or os.cpu_count() or 1, "compress")
+            )
+            packer = Packer(executor, Compressor(publication.level), publication.chunk_size)
+            publisher = Publisher(
+                source, destination, packer, key, store_dir, priority=publication.priority
+            )
+            find = closure_of if publication.closure else infos_of
+            infos = await find(source, paths)
+            plan(infos)
+            return await publisher.publish(infos, tell)
+    raise AssertionError("unreachable: a block that raises nothing returned")
+
+
+async def check_cache(
+    settings: Settings,
+    target: str,
+    keys: Sequence[PublicKey],
+    paths: Sequence[str],
+    tell: Callable[[Checked], None],
+) -> list[Checked]:
+    """Check ``paths``, or all that the cache has; raises StorageFailure and Unavailable."""
+    store_dir = StoreDir(settings.store_dir)
+    names: list[str] | None = [narinfo_name(store_dir.parse(text)) for text in paths]
+    with plain_errors():
+        async with open_destination(settings, target, make=False) as cache:
+            if not names:
+                listed = await cache.names()
+                names = None if listed is None else list(listed)
+            if names is None:
+                raise InvalidConfiguration(f"{target}: cannot be listed: name the paths to check")
+            return await Checker(cache, TrustedKeys(tuple(keys)), store_dir).check(names, tell)
+    raise AssertionError("unreachable: a block that raises nothing returned")
+
+
+@asynccontextmanager
+async def _open_source(settings: Settings, text: str) -> AsyncIterator[Source]:
+    if "://" not in text:
+        store_dir = StoreDir(settings.store_dir)
+        store = await trio.to_thread.run_sync(StoreSource.at, Path(text), store_dir)
+        try:
+            yield store
+        finally:
+            store.close()
+        return
+    async with AsyncExitStack() as stack:
+        # Narinfos are asked for once; what is remembered of them goes with the run.
+        own = settings.model_copy(update={"root": _spool(stack), "substituters": [text]})
+        pool = await open_pool(own, StoreDir(own.store_dir), Authorities.load(own), stack)
+        nursery = await stack.enter_async_context(trio.open_nursery())
+        yield CacheSource(pool, nursery)
+        nursery.cancel_scope.cancel()
+
+
+@asynccontextmanager
+async def open_destination(
+    settings: Settings, text: str, *, make: bool = True
+) -> AsyncIterator[Destination]:
+    """What ``--to`` names; ``make`` says whether a directory that is missing is made.
+
+    Raises InvalidConfiguration for what is none.
+    """
+    scheme = urlsplit(text).scheme if "://" in text else ""
+    async with AsyncExitStack() as stack:
+        match scheme:
+            case "" | "file":
+                path = unquote(urlsplit(text).path) if scheme else text
+                yield _directory(path, make=make)
+            case "http" | "https":
+                client = open_client(
+                    settings, authorities(settings), http2=False, connections=CONNECTIONS
+                )
+                await stack.enter_async_context(client)
+                yield HttpDestination(text, client, _spool(stack), secrets=secrets(settings))
+            case "s3":
+                yield S3Destination(text, _spool(stack))
+            case _:
+                raise InvalidConfiguration(
+                    f"{text}: scheme is {scheme!r}, expected a directory, or file, http, https or s3"
+                )
+
+
+def _spool(stack: AsyncExitStack) -> Path:
+    return Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fusesnap-publish-")))
+
+
+def _directory(text: str, *, make: bool) -> DirectoryDestination:
+    directory = Path(text).absolute()
+    if not make and not directory.is_dir():
+        raise InvalidConfiguration(f"{directory}: no directory")
+    return DirectoryDestination(directory)
