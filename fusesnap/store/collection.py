@@ -189,7 +189,7 @@ class Collection:
             valid = nix.valid_path_info(StorePath.parse_base_name(name))
             if valid is not None:
                 (pin,) = state.pins([valid.as_narinfo(self._store_dir)])
-                state.record(pin, valid.registration_time)
+                state.record([pin], valid.registration_time)
 
 
 class Eviction:

@@ -1,37 +1,34 @@
-"""A staged tree reaches the disk before it gets its name in the store."""
+"""Staged trees reach the disk before they get their names in the store."""
 
 from __future__ import annotations
 
 import ctypes
 import os
 import stat
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
 # Measured on ext4, files of 4 KiB: fsync of each of 8, 32, 64 and 2,000 files takes 1.6, 6, 9 and 291 ms, one syncfs
 # 0.4, 0.9, 1.3 and 16 ms; the whole commit of a path of 2,000 files 260 to 305 ms and 32 to 60 ms. But syncfs also
-# waits for what everybody else has written to the file system, which may be gigabytes; so a small path, for which a
-# reader may be waiting, pays for itself alone.
+# waits for what everybody else has written to the file system, which may be gigabytes; so a small path that comes
+# alone, for which a reader may be waiting, pays for itself alone. Several that are committed together share one syncfs:
+# on a busy disk 192 paths of 13 files took 4.2 s by fsync, 1.0 s by a syncfs each, 0.15 s by one for every 32.
 FSYNC_AT_MOST: Final = 64
 
 _LIBC: Final = ctypes.CDLL(None, use_errno=True)
 _OPEN: Final = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
-def flush_tree(location: Path, entries: int) -> None:
-    """Wait until the tree at ``location``, of ``entries`` objects, is on the disk. Raises OSError.
+def flush_trees(trees: Sequence[tuple[Path, int]]) -> None:
+    """Wait until trees of one file system, each a location with its number of objects, are on the disk.
 
-    Links are there with the directory that they are in, and the name ``location`` with its own.
+    Links are there with the directory that they are in, and the names of the locations with theirs. Raises OSError.
     """
-    if entries > FSYNC_AT_MOST:
-        _sync_file_system(location.parent)
-    elif location.is_dir() and not location.is_symlink():
-        for _, _, files, directory in os.fwalk(location, onerror=_raise):
-            for name in files:
-                _flush_file(name, directory)
-            os.fsync(directory)
-    else:
-        _flush_file(location, None)
+    if len(trees) == 1 and trees[0][1] <= FSYNC_AT_MOST:
+        _flush_tree(trees[0][0])
+    elif trees:
+        _sync_file_system(trees[0][0].parent)
 
 
 def flush_directory(path: Path) -> None:
@@ -41,6 +38,16 @@ def flush_directory(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _flush_tree(location: Path) -> None:
+    if location.is_dir() and not location.is_symlink():
+        for _, _, files, directory in os.fwalk(location, onerror=_raise):
+            for name in files:
+                _flush_file(name, directory)
+            os.fsync(directory)
+    else:
+        _flush_file(location, None)
 
 
 def _raise(error: OSError) -> None:

@@ -5,19 +5,20 @@ from __future__ import annotations
 import errno
 import logging
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
 
-from fusesnap.errors import StorageFailure
+from fusesnap.errors import FusesnapError, StorageFailure
 from fusesnap.nix.narinfo import NarInfo
 from fusesnap.nix.store_path import HashPart, StoreDir, StorePath
 from fusesnap.nix.tree import Tree
 from fusesnap.store.collection import Collected, Collection, Survey
 from fusesnap.store.collector_lock import CollectorLock
+from fusesnap.store.commit import commit_together
 from fusesnap.store.layout import StateLayout
 from fusesnap.store.locks import directory_lock
 from fusesnap.store.nix_database import NixDatabase, ValidPathInfo
@@ -236,6 +237,13 @@ class LocalStore:
     def stage(self, pin: Pin) -> StagedPath:
         """Return where to put the events of the NAR of ``pin``; leave it to throw them away."""
         return StagedPath(pin, self._target)
+
+    def commit(self, staged: Sequence[StagedPath]) -> list[FusesnapError | None]:
+        """Commit paths together, which takes hardly longer than one of them.
+
+        Return for each why it is not committed, None where it is; else as :meth:`StagedPath.commit`.
+        """
+        return commit_together(staged, self._target)
 
     def survey(self) -> Survey:
         """Measure what is committed, and say what of it no root reaches."""

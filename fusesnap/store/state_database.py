@@ -150,28 +150,14 @@ class StateDatabase:
         with self._database.reading("count paths in") as connection:
             return _number(connection.execute(query, (state,)))
 
-    def record(self, pin: Pin, now: int) -> None:
-        """Note that the path's verified bytes are about to get their name, with what registration will need.
+    def record(self, pins: Iterable[Pin], now: int) -> None:
+        """Note that verified bytes of paths are about to get their names, with what registration will need.
 
-        ``now`` is in seconds since 1970.
+        All or none. ``now`` is in seconds since 1970.
         """
-        path = pin.info.store_path.base_name
-        references = [(pin.ordinal, reference.base_name) for reference in pin.info.references]
-        with self._database.writing("record a path in") as connection:
-            # Another NAR of the path that was recorded and never arrived.
-            connection.execute(
-                "UPDATE paths SET state = 'pinned' WHERE store_path = ? AND state = 'recorded'",
-                (path,),
-            )
-            connection.execute(
-                "UPDATE paths SET state = 'recorded', narinfo = ?, size = NULL, used = ?"
-                " WHERE ordinal = ?",
-                (pin.info.to_text(), now, pin.ordinal),
-            )
-            connection.execute("DELETE FROM path_references WHERE referrer = ?", (pin.ordinal,))
-            connection.executemany(
-                "INSERT OR IGNORE INTO path_references VALUES (?, ?)", references
-            )
+        with self._database.writing("record paths in") as connection:
+            for pin in pins:
+                _record(connection, pin, now)
 
     def forget_recorded(self, base_names: Iterable[str]) -> None:
         """Note that paths are not in the store. They stay pinned: a mount may still use their ordinals."""
@@ -330,6 +316,23 @@ class StateDatabase:
 
     def _pin_from(self, ordinal: int, narinfo: str) -> Pin:
         return Pin(ordinal, parse_narinfo(narinfo.encode(), self._store_dir))
+
+
+def _record(connection: sqlite3.Connection, pin: Pin, now: int) -> None:
+    # Another NAR of the path that was recorded and never arrived.
+    connection.execute(
+        "UPDATE paths SET state = 'pinned' WHERE store_path = ? AND state = 'recorded'",
+        (pin.info.store_path.base_name,),
+    )
+    connection.execute(
+        "UPDATE paths SET state = 'recorded', narinfo = ?, size = NULL, used = ? WHERE ordinal = ?",
+        (pin.info.to_text(), now, pin.ordinal),
+    )
+    connection.execute("DELETE FROM path_references WHERE referrer = ?", (pin.ordinal,))
+    connection.executemany(
+        "INSERT OR IGNORE INTO path_references VALUES (?, ?)",
+        [(pin.ordinal, reference.base_name) for reference in pin.info.references],
+    )
 
 
 def _row_of(connection: sqlite3.Connection, info: NarInfo) -> tuple[int, str, str] | None:

@@ -6,6 +6,7 @@ import hashlib
 import os
 import subprocess
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from types import MappingProxyType
 
@@ -28,7 +29,7 @@ from fusesnap.nix.nar import (
 )
 from fusesnap.nix.narinfo import NarInfo
 from fusesnap.nix.store_path import StoreDir, StorePath
-from fusesnap.store.local_store import LocalStore
+from fusesnap.store.local_store import LocalStore, StagedPath
 
 NOW = 1_700_000_000
 
@@ -117,6 +118,18 @@ def commit_path(store: LocalStore, made: MadePath) -> StorePath:
     return info.store_path
 
 
+@contextmanager
+def stage_paths(store: LocalStore, *made: MadePath) -> Iterator[list[StagedPath]]:
+    with ExitStack() as stack:
+        staged = []
+        for info, events in made:
+            path = stack.enter_context(store.stage(store.pin(info)))
+            for event in events:
+                path.receive(event)
+            staged.append(path)
+        yield staged
+
+
 def run_nix(
     *command: str | Path,
     home: Path,
@@ -183,6 +196,12 @@ def events_of() -> Callable[..., Iterator[NarEvent]]:
 @pytest.fixture(scope="session")
 def commit() -> Callable[[LocalStore, MadePath], StorePath]:
     return commit_path
+
+
+@pytest.fixture(scope="session")
+def staged() -> Callable[..., AbstractContextManager[list[StagedPath]]]:
+    """Unpack paths, not committed yet."""
+    return stage_paths
 
 
 @pytest.fixture(scope="session")

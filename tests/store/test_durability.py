@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,11 @@ from fusesnap.errors import StorageFailure
 from fusesnap.nix.store_path import StorePath
 from fusesnap.store import durability
 from fusesnap.store.durability import FSYNC_AT_MOST
-from fusesnap.store.local_store import LocalStore
+from fusesnap.store.local_store import LocalStore, StagedPath
 
 Make = Callable[..., Any]
 Commit = Callable[..., StorePath]
+Staged = Callable[..., AbstractContextManager[list[StagedPath]]]
 
 
 @pytest.fixture
@@ -59,6 +61,14 @@ def test_a_path_of_many_files_is_flushed_with_one_call(
     store: LocalStore, make: Make, commit: Commit, flushed: list[str]
 ) -> None:
     commit(store, make("many", {f"{number}": b"" for number in range(FSYNC_AT_MOST)}))
+    assert flushed == ["all", ".fusesnap-store"]
+
+
+def test_paths_that_are_committed_together_share_one_flush(
+    store: LocalStore, make: Make, staged: Staged, flushed: list[str]
+) -> None:
+    with staged(store, *(make(f"path-{number}", {"f": b"1"}) for number in range(3))) as paths:
+        assert store.commit(paths) == [None] * 3
     assert flushed == ["all", ".fusesnap-store"]
 
 

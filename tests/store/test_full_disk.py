@@ -13,6 +13,7 @@ import pytest
 
 from fusesnap.errors import StorageFailure
 from fusesnap.nix.store_path import StoreDir, StorePath
+from fusesnap.store.commit import Commit as CommitOf
 from fusesnap.store.local_store import LocalStore
 
 Make = Callable[..., Any]
@@ -70,7 +71,7 @@ def test_no_room_for_our_row(
         for event in events:
             staged.receive(event)
         filler = fill(small_disk)
-        with pytest.raises(StorageFailure, match=r"cannot record a path in .*fusesnap") as caught:
+        with pytest.raises(StorageFailure, match=r"cannot record paths in .*fusesnap") as caught:
             staged.commit()
         assert caught.value.errno == errno.ENOSPC
     assert not store.is_committed(info.store_path)
@@ -97,13 +98,13 @@ def test_no_room_for_rows_of_nix(
     with store.stage(store.pin(info)) as staged:
         for event in events:
             staged.receive(event)
-        register = staged.register
+        register = CommitOf.register
 
-        def register_on_a_full_disk() -> None:
+        def register_on_a_full_disk(commit: CommitOf) -> None:
             fill(small_disk)
-            register()
+            register(commit)
 
-        monkeypatch.setattr(staged, "register", register_on_a_full_disk)
+        monkeypatch.setattr(CommitOf, "register", register_on_a_full_disk)
         monkeypatch.setattr(
             "fusesnap.store.nix_database._content_address", lambda info: "x" * 300_000
         )

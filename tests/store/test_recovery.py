@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from fusesnap.nix.store_path import StorePath
+from fusesnap.store.commit import Commit as CommitOf
 from fusesnap.store.local_store import LocalStore
 from fusesnap.store.recovery import RecoveryReport
-from fusesnap.store.staging import StagedPath
 
 Make = Callable[..., Any]
 Commit = Callable[..., StorePath]
@@ -27,11 +27,11 @@ def commit_until(
     """Commit as a process does that dies before ``step``."""
     info, events = made
 
-    def die(self: StagedPath) -> None:
+    def die(self: CommitOf) -> None:
         raise SystemExit
 
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
-        patch.setattr(StagedPath, step, die)
+        patch.setattr(CommitOf, step, die)
         with store.stage(store.pin(info)) as staged:
             for event in events:
                 staged.receive(event)
@@ -138,14 +138,14 @@ def test_a_commit_under_way_elsewhere_is_left_alone(
     """Another process starts between record and rename."""
     store = opened()
     info, events = make("a", {"f": b""})
-    rename = StagedPath.rename
+    rename = CommitOf.rename
     reports = []
 
-    def rename_after_a_start(self: StagedPath) -> None:
+    def rename_after_a_start(self: CommitOf) -> None:
         reports.append(opened().recovered)
         rename(self)
 
-    monkeypatch.setattr(StagedPath, "rename", rename_after_a_start)
+    monkeypatch.setattr(CommitOf, "rename", rename_after_a_start)
     with store.stage(store.pin(info)) as staged:
         for event in events:
             staged.receive(event)

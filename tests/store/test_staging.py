@@ -18,7 +18,7 @@ from fusesnap.nix.store_path import StorePath
 from fusesnap.nix.tree import STORE_MTIME_NS, TreeBuilder
 from fusesnap.store.local_store import LocalStore
 from fusesnap.store.locks import try_flock
-from fusesnap.store.staging import COMMIT_STEPS, StagedPath
+from fusesnap.store.staging import StagedPath
 from fusesnap.store.tree_reader import nar_events, scan_tree
 
 Make = Callable[..., Any]
@@ -252,27 +252,6 @@ def test_what_nobody_finished_gives_way(
     assert (location / "f").read_bytes() == b"good"
     assert f"removing {location}: neither recorded nor valid" in caplog.text
     assert staging_of(store) == []
-
-
-def test_the_steps_of_a_commit_come_in_their_order(
-    store: LocalStore, make: Make, commit: Commit, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The drill that kills between them relies on it."""
-    seen: list[str] = []
-
-    def watch(step: str) -> None:
-        original = getattr(StagedPath, step)
-
-        def wrapper(self: StagedPath) -> None:
-            seen.append(step)
-            original(self)
-
-        monkeypatch.setattr(StagedPath, step, wrapper)
-
-    for step in COMMIT_STEPS:
-        watch(step)
-    commit(store, make("steps"))
-    assert tuple(seen) == COMMIT_STEPS
 
 
 def test_a_name_as_long_as_may_be(store: LocalStore, make: Make, commit: Commit) -> None:

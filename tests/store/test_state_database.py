@@ -57,7 +57,7 @@ def test_a_pin_follows_the_newest_narinfo_until_it_is_recorded(
     pin = database.pins([new])[0]
     assert pin.info == new
     assert database.pinned(old.store_path) == pin
-    database.record(pin, 5)
+    database.record([pin], 5)
     assert database.pins([newest]) == [pin]
     assert database.pinned(old.store_path) == pin
 
@@ -65,10 +65,10 @@ def test_a_pin_follows_the_newest_narinfo_until_it_is_recorded(
 def test_the_recorded_pin_comes_first(database: StateDatabase, make: Make) -> None:
     one, other = (make("a", data)[0] for data in (b"one", b"other"))
     first, second = database.pins([one, other])
-    database.record(first, 5)
+    database.record([first], 5)
     assert database.pinned(one.store_path) == first == database.recorded(one.store_path)
     assert database.count(PathState.RECORDED) == database.count(PathState.PINNED) == 1
-    database.record(second, 5)  # the first never arrived
+    database.record([second], 5)  # the first never arrived
     assert database.pinned(one.store_path) == second
     assert database.all_recorded() == {one.store_path.base_name: second.ordinal}
     database.forget_recorded([one.store_path.base_name])
@@ -79,7 +79,7 @@ def test_the_recorded_pin_comes_first(database: StateDatabase, make: Make) -> No
 def test_references_in_their_order(database: StateDatabase, make: Make) -> None:
     info = make("a", None, ["b", "c", "d"])[0]
     pin = database.pins([info])[0]
-    database.record(pin, 5)
+    database.record([pin], 5)
     names = [path.base_name for path in info.references]
     assert database.first_reference(pin.ordinal, lambda name: True) == names[0]
     assert database.first_reference(pin.ordinal, lambda name: True, after=names[0]) == names[1]
@@ -179,8 +179,8 @@ def test_a_database_of_the_version_before_is_upgraded(tmp_path: Path, make: Make
 
 def test_sizes_and_uses_are_of_what_is_recorded(database: StateDatabase, make: Make) -> None:
     a, b = database.pins([make(name)[0] for name in "ab"])
-    database.record(a, 5)
-    database.record(b, 7)
+    database.record([a], 5)
+    database.record([b], 7)
     names = [pin.info.store_path.base_name for pin in (a, b)]
     assert [path.ordinal for path in database.unmeasured()] == [1, 2]
     database.set_sizes({1: 4096, 2: 8192})
@@ -191,5 +191,5 @@ def test_sizes_and_uses_are_of_what_is_recorded(database: StateDatabase, make: M
     database.forget_recorded(names[:1])
     database.set_sizes({1: 1})
     assert database.total_size() == 8192
-    database.record(a, 11)
+    database.record([a], 11)
     assert database.unmeasured() == [StoredPath(1, names[0], 0, 11)]
