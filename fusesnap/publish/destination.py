@@ -13,7 +13,7 @@ from typing import Final, Protocol
 import trio
 
 from fusesnap.errors import InvalidData, PathNotFound
-from fusesnap.store.durability import flush_directory, flush_tree
+from fusesnap.store.durability import flush_directory, flush_trees
 from fusesnap.store.storage_errors import storage
 
 PIECE: Final = 1024 * 1024
@@ -135,7 +135,7 @@ class DirectoryDestination:
         with storage("write", path):
             path.parent.mkdir(parents=True, exist_ok=True)
             file.chmod(0o644)
-            flush_tree(file, 1)
+            flush_trees([(file, 1)])
             file.rename(path)
             flush_directory(path.parent)
 
