@@ -9,14 +9,19 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeAlias
 
+from fusesnap.fetch.priority import Priority
 from fusesnap.nix.store_path import StorePath
 
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """Somebody wants ``path``, which nobody was fetching. Every ``Asked`` is followed by one ``Landed``."""
+    """Somebody wants ``path``, which nobody was fetching. Every ``Asked`` is followed by one ``Landed``.
+
+    ``priority``: for whom; somebody more urgent may join later.
+    """
 
     path: StorePath
+    priority: Priority
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,6 +17,7 @@ from fusesnap.fetch.events import (
     Verifying,
     unobserved,
 )
+from fusesnap.fetch.priority import Priority
 from fusesnap.nix.store_path import StorePath
 from fusesnap.nix.tree import Tree
 
@@ -75,6 +76,7 @@ class Flight:
         path: StorePath,
         everybody: Progress | None = None,
         observe: ObserveFetch = unobserved,
+        priority: Priority = Priority.READER,
     ) -> None:
         self.path = path
         self._observe = observe
@@ -90,7 +92,7 @@ class Flight:
         self._outcome: Tree | Exception | None = None
         self._waiting = 0
         self._readers: dict[Reader, None] = {}
-        observe(Asked(path))
+        observe(Asked(path, priority))
 
     @property
     def _progressed(self) -> float:

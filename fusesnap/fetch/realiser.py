@@ -180,12 +180,12 @@ class Realiser:
     def _begin_requested(self) -> None:
         while self._requested and self._room:
             self._room -= 1
-            _, _, path = heapq.heappop(self._requested)
-            self._nursery.start_soon(self._fetch_requested, path)
+            priority, _, path = heapq.heappop(self._requested)
+            self._nursery.start_soon(self._fetch_requested, path, priority)
 
-    async def _fetch_requested(self, path: StorePath) -> None:
+    async def _fetch_requested(self, path: StorePath, priority: Priority) -> None:
         if not self._store.is_committed(path):  # somebody may have read it before its turn
-            await self._flight(path).landed()
+            await self._flight(path, priority).landed()
         self._room += 1
         self._begin_requested()
 
@@ -234,10 +234,11 @@ class Realiser:
                 self._trees.put(self._pin(path).ordinal, tree)
         return tree
 
-    def _flight(self, path: StorePath) -> Flight:
+    def _flight(self, path: StorePath, priority: Priority = Priority.READER) -> Flight:
         flight = self._flights.get(path)
         if flight is None:
-            flight = self._flights[path] = Flight(path, self._progress, self._observe)
+            flight = Flight(path, self._progress, self._observe, priority)
+            self._flights[path] = flight
             self._nursery.start_soon(self._fly, flight, name=f"fetch {path}")
         return flight
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+from collections import Counter
 from collections.abc import Callable, Coroutine, Mapping
 from functools import wraps
 from pathlib import Path
@@ -45,6 +46,7 @@ def answers_errors(handler: Handler[P, T]) -> Handler[P, T]:
     @wraps(handler)
     async def answer(self: Operations, /, *args: P.args, **kwargs: P.kwargs) -> T:
         self.under_way += 1
+        self.requests[handler.__name__] += 1
         try:
             return await handler(self, *args, **kwargs)
         except pyfuse3.FUSEError:
@@ -66,7 +68,8 @@ class Operations(pyfuse3.Operations):
 
     ``parts`` says who serves which kind of inode; ``capacity`` is a directory on the file system whose free space
     statfs shows (without an answer to statfs, overlayfs refuses the mount). ``on_init`` runs when libfuse has had its
-    FUSE_INIT. ``under_way`` counts the requests that were taken and are not answered.
+    FUSE_INIT. ``under_way`` counts the requests that were taken and are not answered, ``requests`` all that were taken,
+    by the name of their handler, and ``bytes_read`` the bytes that reads were answered with.
     """
 
     enable_writeback_cache = False
@@ -82,6 +85,8 @@ class Operations(pyfuse3.Operations):
         self._capacity = capacity
         self.on_init: Callable[[], None] | None = None
         self.under_way = 0
+        self.requests: Counter[str] = Counter()
+        self.bytes_read = 0
 
     def init(self) -> None:
         """FUSE_INIT was answered."""
@@ -157,7 +162,9 @@ class Operations(pyfuse3.Operations):
     async def read(self, fh: FileHandleT, off: int, size: int) -> bytes:
         """Bytes of a file."""
         node = Inode.parse(fh)
-        return await self._parts[node.kind].read(node, off, size)
+        data = await self._parts[node.kind].read(node, off, size)
+        self.bytes_read += len(data)
+        return data
 
     async def release(self, fh: FileHandleT) -> None:
         """Handles are stateless."""

@@ -7,7 +7,7 @@ gets here, and costs nothing.
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from itertools import count
@@ -101,6 +101,7 @@ class WaitingRequests:
         self._identify = identify
         self._observe = observe
         self._numbers = count(1)
+        self.waited: Counter[str] = Counter()  # requests that ever waited, by their operation
         self.errors = errors
         self._requests: dict[Request, None] = {}  # in the order of their beginning
         self._openers = Openers()
@@ -123,6 +124,7 @@ class WaitingRequests:
         request = Request(question, self._readers(question), trio.current_time())
         self._requests[request] = None
         number = next(self._numbers)
+        self.waited[question.operation] += 1
         ended = Answered(number, cancelled=True)
         self._observe(Blocked(number, question, request.readers))
         try:

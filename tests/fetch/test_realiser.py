@@ -302,7 +302,7 @@ async def test_what_becomes_of_a_path_is_told_in_order(make_realiser: MakeRealis
     assert sizes["memory://good"] == len(hello.file)
     path, expected = hello.path, hello.info.file_size
     assert [event for event in heard if not isinstance(event, Received | Verifying)] == [
-        Asked(path),
+        Asked(path, Priority.READER),
         Boarded(path),
         TransferBegun(path, "memory://bad", expected),
         TransferBegun(path, "memory://good", expected),
@@ -312,7 +312,11 @@ async def test_what_becomes_of_a_path_is_told_in_order(make_realiser: MakeRealis
     heard.clear()
     with pytest.raises(PathNotFound) as caught:
         await realiser.realise(lost.path)
-    assert heard == [Asked(lost.path), Boarded(lost.path), Landed(lost.path, caught.value)]
+    assert heard == [
+        Asked(lost.path, Priority.READER),
+        Boarded(lost.path),
+        Landed(lost.path, caught.value),
+    ]
 
 
 async def test_a_hash_part_is_resolved_by_a_cache_and_then_by_the_store(
