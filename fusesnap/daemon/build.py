@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import ssl
 import sys
 import time
@@ -9,12 +10,17 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
+from uuid import uuid4
 
 import httpx
 import trio
 
 from fusesnap.config import Settings
 from fusesnap.daemon.readers import identify
+from fusesnap.daemon.telemetry.counting import Counters, Counting
+from fusesnap.daemon.telemetry.keeper import Telemetry
+from fusesnap.daemon.telemetry.owners import upper_of_reader
+from fusesnap.daemon.telemetry.recorder import Recorder
 from fusesnap.errors import FusesnapError, StorageFailure
 from fusesnap.fetch.loader import Loader
 from fusesnap.fetch.realiser import Limits, Realiser
@@ -46,6 +52,7 @@ class Node:
     unpackers: UnpackProcesses
     realiser: Realiser
     loader: Loader
+    telemetry: Telemetry
 
 
 @contextmanager
@@ -167,6 +174,21 @@ def unpack_command(settings: Settings) -> list[str]:
     return [sys.executable, "-P", "-m", module, str(settings.root), settings.store_dir]
 
 
+def totals_of(pool: SubstituterPool) -> Iterator[tuple[str, dict[str, str], float]]:
+    """What a pool counts of its caches."""
+    for state in pool.states():
+        yield "fusesnap_narinfo_requests", {"cache": state.url}, state.narinfos_asked
+
+
+def open_telemetry(settings: Settings) -> Telemetry:
+    """What hears, counts and keeps what happens in this process."""
+    # Pids come again; a session is for ever.
+    session = f"{os.getpid()}-{uuid4().hex}"
+    recorder = Recorder(session, time.time, upper_of_reader)
+    counting = Counting(Counters(), time.monotonic)
+    return Telemetry(settings.root, recorder, counting, time.time)
+
+
 @asynccontextmanager
 async def open_node(
     settings: Settings, authorities: Authorities | None = None
@@ -182,6 +204,8 @@ async def open_node(
         pool = await open_pool(
             settings, store_dir, authorities or Authorities.load(settings), stack
         )
+        telemetry = await stack.enter_async_context(open_telemetry(settings).running())
+        telemetry.watch(lambda: totals_of(pool))
         nursery = await stack.enter_async_context(trio.open_nursery())
         limits = Limits(
             settings.fetch.transfers, settings.fetch.lookups, settings.fetch.stall_timeout
@@ -189,9 +213,9 @@ async def open_node(
         unpackers = UnpackProcesses(
             unpack_command(settings), settings.fetch.unpackers, nursery, ThreadUnpackers(store)
         )
-        realiser = Realiser(store, pool, unpackers, nursery, limits, identify)
+        realiser = Realiser(store, pool, unpackers, nursery, limits, identify, telemetry.fetch)
         loader = Loader(store, store_dir, realiser, nursery)
         try:
-            yield Node(settings, store_dir, store, pool, unpackers, realiser, loader)
+            yield Node(settings, store_dir, store, pool, unpackers, realiser, loader, telemetry)
         finally:
             nursery.cancel_scope.cancel()

@@ -38,6 +38,13 @@ class WorkersWaits:
         """The worker's status. Raises ``Unavailable``."""
         return await control.ask(self._worker, "status", within=WORKER_ANSWERS_WITHIN)
 
+    async def flush(self) -> None:
+        """Have the worker write what it recorded. What a dead one had not written is lost."""
+        try:
+            await control.ask(self._worker, "flush", within=WORKER_ANSWERS_WITHIN)
+        except FusesnapError as error:
+            log.debug("the journal may lack the newest: %s", error)
+
     async def release(self, why: str, **which: Any) -> int:
         """End waits, see the worker's ``release``; says how many. Raises ``Unavailable``."""
         answer = await control.ask(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, suppress
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -66,7 +66,7 @@ async def serve(
         async with open_node(settings, authorities) as node:
             open_files = OpenFiles()
             views = Views(settings.root / "views.sqlite")
-            waiting = WaitingRequests(identify, ErrorCounts())
+            waiting = WaitingRequests(identify, ErrorCounts(), node.telemetry.wait)
             store_nodes = StoreNodes(
                 node.store, node.realiser, open_files, waiting, node.loader.opened
             )
@@ -76,10 +76,23 @@ async def serve(
                 InodeKind.CLAIMED: store_nodes,
             }
             operations = Operations(parts, node.store.layer)
+            node.telemetry.watch(lambda: totals_of(operations, waiting))
+            node.telemetry.counters.add("fusesnap_worker_starts")
             with connected(fuse, init_request, operations) as send_again:
                 await answer(Worker(node, operations, waiting, send_again, open_files), ready)
             open_files.close()
             views.close()
+
+
+def totals_of(
+    operations: Operations, waiting: WaitingRequests
+) -> Iterator[tuple[str, dict[str, str], float]]:
+    """What a worker counts of its requests: those that found what they wanted in the store, and those that waited."""
+    for operation, taken in operations.requests.items():
+        waited = waiting.waited[operation]
+        for source, count in (("store", taken - waited), ("fetched", waited)):
+            yield "fusesnap_requests", {"operation": operation, "source": source}, count
+    yield "fusesnap_read_bytes", {}, operations.bytes_read
 
 
 def connected(
@@ -168,7 +181,12 @@ def calls(worker: Worker) -> Mapping[str, control.Answer]:
 
         return {"released": waiting.release(matches, str(question["why"]))}
 
-    return {"status": status, "fetch": fetch, "release": release}
+    async def flush(question: Mapping[str, Any]) -> dict[str, Any]:
+        """Write what was recorded to the journal, for somebody who is about to read it."""
+        await node.telemetry.flush()
+        return {}
+
+    return {"status": status, "fetch": fetch, "release": release, "flush": flush}
 
 
 def main() -> None:

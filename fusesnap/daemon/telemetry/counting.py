@@ -1,0 +1,160 @@
+"""Counts what happens, under the names that Prometheus will see.
+
+Counters are added up in the journal, over all processes of a state directory: they go on when one of them dies, is
+replaced or reloaded, and never go back.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Final
+
+from fusesnap.daemon.telemetry.journal import Batch, CounterKey
+from fusesnap.fetch.events import (
+    Asked,
+    Boarded,
+    FetchEvent,
+    Landed,
+    Received,
+    TransferBegun,
+    Verifying,
+)
+from fusesnap.filesystem.error_counts import kind_of
+from fusesnap.filesystem.wait_events import Answered, Blocked, WaitEvent
+
+# Upper bounds in seconds. A wait is a round trip at least, and ends at the stall timeout of a slow link's large NAR.
+BUCKETS: Final = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
+INFINITY: Final = "+Inf"
+
+
+def key(name: str, labels: Mapping[str, str]) -> CounterKey:
+    """A counter's key."""
+    return name, "\n".join(f"{label}={labels[label]}" for label in sorted(labels))
+
+
+def labels_of(text: str) -> dict[str, str]:
+    """The labels in a counter's key."""
+    return dict(line.split("=", 1) for line in text.split("\n") if line)
+
+
+class Counters:
+    """What counters grew by since they were last taken."""
+
+    def __init__(self) -> None:
+        self._grown: dict[CounterKey, float] = {}
+
+    def add(self, name: str, amount: float = 1, /, **labels: str) -> None:
+        """``name`` grows by ``amount``."""
+        which = key(name, labels)
+        self._grown[which] = self._grown.get(which, 0) + amount
+
+    def observe(self, name: str, seconds: float, /, **labels: str) -> None:
+        """A histogram gets one more value. Its buckets are cumulative, as Prometheus has them."""
+        for bound in BUCKETS:
+            # All buckets of a series are there from its first value: a quantile is wrong without the empty ones.
+            self.add(f"{name}_bucket", float(seconds <= bound), le=f"{bound:g}", **labels)
+        self.add(f"{name}_bucket", 1, le=INFINITY, **labels)
+        self.add(f"{name}_sum", seconds, **labels)
+        self.add(f"{name}_count", 1, **labels)
+
+    def take(self, batch: Batch) -> None:
+        """Move what has grown into ``batch``."""
+        batch.counters |= self._grown
+        self._grown = {}
+
+    def give_back(self, batch: Batch) -> None:
+        """``batch`` could not be written."""
+        for which, grown in batch.counters.items():
+            self._grown[which] = self._grown.get(which, 0) + grown
+
+
+@dataclass(slots=True)
+class _Fetching:
+    """A path that is under way: when its last step was, and who wants it."""
+
+    reason: str
+    since: float
+    phase: str = "queued"
+    blocked: int = 0
+
+
+@dataclass(slots=True)
+class Counting:
+    """Counts the events of one process. ``clock`` is a monotonic one, in seconds."""
+
+    counters: Counters
+    clock: Callable[[], float]
+    _fetching: dict[str, _Fetching] = field(default_factory=dict)
+    _blocked: dict[int, tuple[str, str, float]] = field(default_factory=dict)
+    _waiting: Counter[str] = field(default_factory=Counter)
+
+    def fetch(self, event: FetchEvent) -> None:
+        """Something happened to a path."""
+        path = event.path.base_name
+        if isinstance(event, Asked):
+            self._fetching[path] = _Fetching(event.priority.name.lower(), self.clock())
+            return
+        fetching = self._fetching.get(path)
+        if fetching is None:  # pragma: no cover - each path is asked for first
+            return
+        match event:
+            case Boarded():
+                self._end_phase(fetching, "asking")
+            case TransferBegun():
+                self._end_phase(fetching, "asking")
+            case Received(_, cache, count):
+                if fetching.phase == "asking":
+                    self._end_phase(fetching, "transfer")
+                reason = "reader" if self._waiting[path] else fetching.reason
+                self.counters.add("fusesnap_fetched_bytes", count, cache=cache, reason=reason)
+            case Verifying():
+                self._end_phase(fetching, "verify")
+            case Landed(_, error):
+                self._end_phase(fetching, "")
+                del self._fetching[path]
+                outcome = "committed" if error is None else kind_of(error)
+                self.counters.add("fusesnap_fetches", reason=fetching.reason, outcome=outcome)
+
+    def _end_phase(self, fetching: _Fetching, following: str) -> None:
+        now = self.clock()
+        self.counters.observe(
+            "fusesnap_fetch_phase_seconds", now - fetching.since, phase=fetching.phase
+        )
+        fetching.phase, fetching.since = following, now
+
+    def wait(self, event: WaitEvent) -> None:
+        """A request begins to wait, or has waited."""
+        match event:
+            case Blocked(number, question):
+                path = question.path.base_name
+                self._blocked[number] = (question.operation, path, self.clock())
+                self._waiting[path] += 1
+            case Answered(number, error):
+                operation, path, began = self._blocked.pop(number)
+                self._waiting[path] -= 1
+                if not self._waiting[path]:
+                    del self._waiting[path]
+                self.counters.observe(
+                    "fusesnap_reader_wait_seconds", self.clock() - began, operation=operation
+                )
+                if error is not None:
+                    self.counters.add("fusesnap_reader_errors", kind=kind_of(error))
+
+
+class Differences:
+    """Makes counters of totals that others keep, by what they grew."""
+
+    def __init__(self, counters: Counters) -> None:
+        self._counters = counters
+        self._seen: dict[CounterKey, float] = {}
+
+    def look(self, totals: Iterable[tuple[str, Mapping[str, str], float]]) -> None:
+        """``totals`` are names, labels and what they are by now in this process."""
+        for name, labels, total in totals:
+            which = key(name, labels)
+            grown = total - self._seen.get(which, 0)
+            if grown > 0:
+                self._counters.add(name, grown, **labels)
+                self._seen[which] = total

@@ -1,0 +1,156 @@
+"""Gives events their times and makes records of them. It lives in the loop's thread, and waits for nothing."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Final
+
+from fusesnap.daemon.telemetry.journal import Batch
+from fusesnap.daemon.telemetry.records import Attempt, FetchRecord, WaitRecord
+from fusesnap.fetch.events import (
+    Asked,
+    Boarded,
+    FetchEvent,
+    Landed,
+    Received,
+    TransferBegun,
+    Verifying,
+)
+from fusesnap.filesystem.wait_events import Answered, Blocked, WaitEvent
+
+# Ended records that may wait to be written: when the disk is full, or more happens than anybody will look at, the
+# oldest are let go.
+UNWRITTEN: Final = 4096
+# Marks of one fetch: a small picture of when its bytes came. When there are more, every second is dropped.
+MARKS: Final = 64
+MARK_EVERY: Final = 0.05  # seconds, to begin with
+ATTEMPTS: Final = 16
+# A reason is for people; a stranger's answer may be in it.
+LONGEST_ERROR: Final = 500
+
+
+class Recorder:
+    """Records of one process, whose ``session`` is no other's. ``clock`` gives seconds since the epoch.
+
+    ``upper_of`` says in which container a reader is, by its pid.
+    """
+
+    def __init__(
+        self, session: str, clock: Callable[[], float], upper_of: Callable[[int], str | None]
+    ) -> None:
+        self._session = session
+        self._clock = clock
+        self._upper_of = upper_of
+        self._numbers = 0
+        self._fetches: dict[str, FetchRecord] = {}
+        self._mark_every: dict[str, float] = {}
+        self._waits: dict[int, WaitRecord] = {}
+        self._changed_fetches: dict[int, FetchRecord] = {}
+        self._changed_waits: dict[int, WaitRecord] = {}
+
+    def fetch(self, event: FetchEvent) -> None:
+        """Something happened to a path."""
+        path, now = event.path.base_name, self._clock()
+        if isinstance(event, Asked):
+            self._numbers += 1
+            priority = event.priority.name.lower()
+            self._keep(FetchRecord(self._session, self._numbers, path, priority, now))
+            return
+        before = self._fetches.get(path)
+        if before is None:  # pragma: no cover - each path is asked for first
+            return
+        self._keep(self._after(before, event, now))
+        if isinstance(event, Landed):
+            del self._fetches[path]
+            self._mark_every.pop(path, None)
+
+    def _after(self, before: FetchRecord, event: FetchEvent, now: float) -> FetchRecord:
+        match event:
+            case Boarded():
+                return replace(before, boarded=now)
+            case TransferBegun(_, cache, expected, kept):
+                attempts = (*before.attempts, Attempt(now, cache, kept))[-ATTEMPTS:]
+                return replace(
+                    before, attempts=attempts, expected=expected, received=kept, last_byte=None
+                )
+            case Received(_, _, count):
+                return self._received(before, count, now)
+            case Verifying():
+                return replace(before, last_byte=now)
+            case Landed(_, error):
+                said = None if error is None else str(error)[:LONGEST_ERROR]
+                return replace(before, landed=now, error=said)
+        raise AssertionError(event)  # pragma: no cover - Asked is where a record begins
+
+    def _received(self, before: FetchRecord, count: int, now: float) -> FetchRecord:
+        received = before.received + count
+        marks = before.marks
+        every = self._mark_every.setdefault(before.path, MARK_EVERY)
+        if not marks or now - marks[-1][0] >= every:
+            marks = (*marks, (now, received))
+            if len(marks) > MARKS:
+                marks = marks[1::2]
+                self._mark_every[before.path] = every * 2
+        first = before.first_byte if before.first_byte is not None else now
+        return replace(before, first_byte=first, received=received, marks=marks)
+
+    def wait(self, event: WaitEvent) -> None:
+        """A request begins to wait, or has waited."""
+        if isinstance(event, Blocked):
+            self._note(self._blocked(event))
+            return
+        before = self._waits.pop(event.number, None)
+        if before is not None:
+            record = replace(before, ended=self._clock(), error=_said(event))
+            self._changed_waits[record.number] = record
+
+    def _blocked(self, event: Blocked) -> WaitRecord:
+        question = event.question
+        uppers = ((reader, self._upper_of(reader.pid)) for reader in reversed(event.readers))
+        # Several may have opened the file: the last one that is in a container is the most probable.
+        found = sorted(uppers, key=lambda each: each[1] is None)
+        reader, upper = found[0] if found else (None, None)
+        return WaitRecord(
+            session=self._session,
+            number=event.number,
+            upper=upper,
+            pid=reader.pid if reader else None,
+            command=reader.command if reader else "",
+            asked=bool(question.pid),
+            operation=question.operation,
+            path=question.path.base_name,
+            file=os.fsencode(question.file).decode(errors="replace"),
+            began=self._clock(),
+        )
+
+    def _keep(self, record: FetchRecord) -> None:
+        self._fetches[record.path] = self._changed_fetches[record.number] = record
+        while len(self._changed_fetches) > UNWRITTEN:
+            del self._changed_fetches[next(iter(self._changed_fetches))]
+
+    def _note(self, record: WaitRecord) -> None:
+        self._waits[record.number] = self._changed_waits[record.number] = record
+        while len(self._changed_waits) > UNWRITTEN:
+            del self._changed_waits[next(iter(self._changed_waits))]
+
+    def take(self, batch: Batch) -> None:
+        """Move what has changed into ``batch``."""
+        batch.fetches += self._changed_fetches.values()
+        batch.waits += self._changed_waits.values()
+        self._changed_fetches.clear()
+        self._changed_waits.clear()
+
+    def give_back(self, batch: Batch) -> None:
+        """``batch`` could not be written: try again later, unless something newer is known."""
+        self._changed_fetches = {
+            each.number: each for each in batch.fetches
+        } | self._changed_fetches
+        self._changed_waits = {each.number: each for each in batch.waits} | self._changed_waits
+
+
+def _said(event: Answered) -> str | None:
+    if event.cancelled:
+        return "its worker stopped before there was an answer"
+    return None if event.error is None else str(event.error)[:LONGEST_ERROR]
