@@ -13,6 +13,7 @@ from fusesnap.cli.doctor import doctor
 from fusesnap.cli.mount import mount
 from fusesnap.cli.prefetch import prefetch
 from fusesnap.cli.publish import publish
+from fusesnap.cli.start_report import start_report
 from fusesnap.cli.status import status
 from fusesnap.cli.store import store
 from fusesnap.errors import FusesnapError
@@ -43,7 +44,18 @@ def cli() -> None:
     """
 
 
-for command in (daemon, mount, prefetch, publish, status, cancel, store, doctor, completion):
+for command in (
+    daemon,
+    mount,
+    prefetch,
+    publish,
+    status,
+    start_report,
+    cancel,
+    store,
+    doctor,
+    completion,
+):
     cli.add_command(command)
 
 

@@ -18,6 +18,8 @@ from fusesnap.config import (
     load,
 )
 
+DEFAULT_ADDRESS = DEFAULT_ROOT / SOCKET_NAME
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 substituter = click.option(
@@ -58,7 +60,7 @@ root = click.option(
 address = click.option(
     "--address",
     type=click.Path(path_type=Path),
-    default=DEFAULT_ROOT / SOCKET_NAME,
+    default=DEFAULT_ADDRESS,
     show_default=True,
     metavar="SOCKET",
     help="The daemon's socket.",

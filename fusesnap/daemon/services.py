@@ -23,10 +23,13 @@ from fusesnap.daemon.lazy_layer import WorkerMount
 from fusesnap.daemon.logs import explained, log_to_stderr
 from fusesnap.daemon.path_source import HintingPathSource
 from fusesnap.daemon.signals import stop_on_signal
+from fusesnap.daemon.telemetry.reports import StartReports
+from fusesnap.daemon.telemetry.snapshots import ObservedSnapshots
 from fusesnap.daemon.turn import wait_for_turn
 from fusesnap.daemon.waits import WorkersWaits, cancel, status
 from fusesnap.filesystem.views import Views
-from fusesnap.services.daemon_service import daemon_service
+from fusesnap.nix.store_path import StorePath
+from fusesnap.services.daemon_service import Call, daemon_service
 from fusesnap.services.diff_service import Differ, diff_service
 from fusesnap.services.server import serve
 from fusesnap.snapshots.comparison import Comparer
@@ -47,12 +50,16 @@ async def run(settings: Settings, ready: int) -> None:
             snapshotter = build_snapshotter(node, nursery, waits)
             await snapshotter.recover()
             collector = Collector(node.store, settings.store, snapshotter.cleanup)
-            calls = {
+            reports = StartReports(node.telemetry, waits.flush)
+            calls: dict[str, Call] = {
+                "Starts": reports.starts,
+                "StartReport": reports.report,
                 "Status": partial(status, node, snapshotter, waits, collector),
                 "Cancel": partial(cancel, node, snapshotter, waits),
             }
             also = [daemon_service(calls), diff_service(build_differ(settings))]
-            await nursery.start(partial(serve, snapshotter, settings.socket.absolute(), also=also))
+            observed = observe(node, snapshotter, nursery)
+            await nursery.start(partial(serve, observed, settings.socket.absolute(), also=also))
             os.write(ready, b"ready\n")
             os.close(ready)
             await snapshotter.remove_leftovers()
@@ -77,6 +84,18 @@ def build_snapshotter(node: Node, nursery: trio.Nursery, waits: WorkersWaits) ->
         release_readers=waits.release_for_removal,
         nursery=nursery,
     )
+
+
+def observe(node: Node, snapshotter: Snapshotter, nursery: trio.Nursery) -> ObservedSnapshots:
+    """The snapshotter with its calls and starts told to the node's telemetry."""
+    root = node.settings.root.resolve()
+    metastore = Metastore(root / "snapshots.sqlite")
+
+    def paths_of(name: str) -> frozenset[StorePath]:
+        with metastore.reading() as transaction:
+            return frozenset(transaction.chain(name).paths)
+
+    return ObservedSnapshots(snapshotter, node.telemetry, time.time, paths_of, str(root), nursery)
 
 
 def build_differ(settings: Settings) -> Differ:

@@ -18,6 +18,9 @@ from fusesnap.services.calls import Calls
 
 SERVICE = "fusesnap.v1.Daemon"
 ANSWER_WITHIN = 15.0  # seconds; it looks into memory, and asks the worker, which has less time
+MAX_ANSWER = (
+    16 << 20
+)  # bytes; the report of a start has some 300 for each path and wait, of which there are limits
 HINT = "is the daemon running"
 
 Call = Callable[[Mapping[str, Any]], Awaitable[dict[str, Any]]]
@@ -45,6 +48,19 @@ def ask_status(address: Path) -> dict[str, Any]:
     return _ask(address, "Status", {})
 
 
+def ask_starts(address: Path) -> list[dict[str, Any]]:
+    """The starts of containers that are known, the newest first. Raises ``Unavailable``, ``InvalidData``."""
+    return list(_ask(address, "Starts", {})["starts"])
+
+
+def ask_start_report(address: Path, target: str, number: int) -> dict[str, Any]:
+    """How the ``number``-th start of what ``target`` names went.
+
+    Raises ``NotFound`` and ``InvalidArgument`` for the target, ``Unavailable``, ``InvalidData``.
+    """
+    return _ask(address, "StartReport", {"target": target, "number": number})
+
+
 def ask_cancel(address: Path, target: str) -> int:
     """End the waits that ``target`` names; says how many.
 
@@ -54,7 +70,8 @@ def ask_cancel(address: Path, target: str) -> int:
 
 
 def _ask(address: Path, method: str, question: Mapping[str, Any]) -> dict[str, Any]:
-    with grpc.insecure_channel(f"unix:{address.absolute()}") as channel:
+    options = [("grpc.max_receive_message_length", MAX_ANSWER)]
+    with grpc.insecure_channel(f"unix:{address.absolute()}", options=options) as channel:
         ask = channel.unary_unary(f"/{SERVICE}/{method}", bytes, bytes)
         try:
             return _object(ask(json.dumps(question).encode(), timeout=ANSWER_WITHIN))

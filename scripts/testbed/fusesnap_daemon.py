@@ -46,6 +46,10 @@ class FusesnapDaemon:
         )
         return status
 
+    def start_report(self, *words: str | Path) -> str:
+        """What ``fusesnap start-report`` prints."""
+        return run([PROGRAM, "start-report", "--address", self.address, *words])
+
 
 @contextlib.contextmanager
 def fusesnap_daemon(
