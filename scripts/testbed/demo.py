@@ -16,6 +16,7 @@ from types import FrameType
 
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from testbed.binary_cache import (
@@ -28,7 +29,7 @@ from testbed.binary_cache import (
 )
 from testbed.closure import debian_closure
 from testbed.containerd import Containerd, containerd
-from testbed.fusesnap_daemon import Source, fusesnap_daemon, prefetch
+from testbed.fusesnap_daemon import FusesnapDaemon, Source, fusesnap_daemon, prefetch
 from testbed.images import NixLayerManner, nix_layer, write_image
 from testbed.link_process import RunningLink, slow_link
 from testbed.nix_store import Closure, NixStore
@@ -104,6 +105,7 @@ class Scene:
     closure: Closure
     reference: str
     directory: Path
+    report: Path | None
 
     @property
     def source(self) -> Source:
@@ -117,7 +119,12 @@ class Node:
 
     scene: Scene
     containerd: Containerd
-    state: Path
+    daemon: FusesnapDaemon
+
+    @property
+    def state(self) -> Path:
+        """Its state directory."""
+        return self.daemon.state
 
 
 Start = Callable[[Node, str, Watch], str]
@@ -158,7 +165,7 @@ def new_node(scene: Scene, name: str) -> Iterator[Node]:
         containerd(directory / "containerd", proxy=daemon.address) as runtime,
     ):
         try:
-            yield Node(scene, runtime, state)
+            yield Node(scene, runtime, daemon)
         except CommandFailed as failure:
             log = "\n".join(daemon.service.log_text().splitlines()[-LOG_LINES:])
             raise CommandFailed(f"{failure}\n\nfusesnap's log ends with:\n{log}") from None
@@ -174,7 +181,7 @@ def measure(node: Node, command: str, kind: str) -> Figures:
             prefetch(node.state, [scene.closure.root], source=scene.source, timeout=START_SECONDS)
         if kind != "warm":
             node.containerd.pull(scene.reference, timeout=START_SECONDS)
-        output = STARTS[command](node, f"{kind}-{command.split(maxsplit=1)[0]}", watch)
+        output = STARTS[command](node, f"{kind}-redis", watch)
     fetched = scene.cache.requested_nars(scene.closure.paths)
     figures = watch.figures
     tell(
@@ -196,6 +203,8 @@ def measure_all(scene: Scene) -> dict[str, dict[str, Figures]]:
         for command in STARTS:
             nodes[command] = machines.enter_context(new_node(scene, f"cold-{len(nodes)}"))
             taken[command]["cold"] = measure(nodes[command], command, "cold")
+        if scene.report is not None:
+            draw_report(nodes[" ".join(PING)], scene.report)
         heading(scene.say, "5. Warm: the same on the same machines, in new containers")
         for command, node in nodes.items():
             taken[command]["warm"] = measure(node, command, "warm")
@@ -204,6 +213,13 @@ def measure_all(scene: Scene) -> dict[str, dict[str, Figures]]:
         with new_node(scene, f"eager-{number}") as node:
             taken[command]["eager"] = measure(node, command, "eager")
     return taken
+
+
+def draw_report(node: Node, file: Path) -> None:
+    """What the cold start of the server waited for: a picture, or a page where ``file`` is called so."""
+    kind = "html" if file.suffix == ".html" else "svg"
+    said = node.daemon.start_report("cold-redis", f"--{kind}", file)
+    tell(node.scene.say, *(escape(line) for line in said.splitlines()))
 
 
 def result_table(scene: Scene, command: str, taken: dict[str, Figures]) -> Table:
@@ -279,7 +295,7 @@ def play(say: Console, arguments: argparse.Namespace, directory: Path, ports: li
         reference = images.reference(IMAGE, port=link.port("registry"))
         tell(say, "from here on, cache and registry are reached over the slow link alone")
 
-        scene = Scene(say, link, cache, key, closure, reference, directory)
+        scene = Scene(say, link, cache, key, closure, reference, directory, arguments.report)
         taken = measure_all(scene)
         say.print()
         for command, kinds in taken.items():
@@ -354,6 +370,7 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="scripts/demo")
     parser.add_argument("--rate", type=float, default=20)
     parser.add_argument("--round-trip", type=float, default=80)
+    parser.add_argument("--report", type=Path)
     parser.add_argument("--work", type=Path, default=default_work())
     return parser.parse_args()
 
