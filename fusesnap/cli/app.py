@@ -10,6 +10,7 @@ from fusesnap.cli.cancel import cancel
 from fusesnap.cli.completion import completion
 from fusesnap.cli.daemon import daemon
 from fusesnap.cli.doctor import doctor
+from fusesnap.cli.image import image
 from fusesnap.cli.mount import mount
 from fusesnap.cli.prefetch import prefetch
 from fusesnap.cli.publish import publish
@@ -47,6 +48,7 @@ def cli() -> None:
 for command in (
     daemon,
     mount,
+    image,
     prefetch,
     publish,
     status,

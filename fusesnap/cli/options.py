@@ -51,6 +51,13 @@ store_dir = click.option(
     default=None,
     help="Store directory that paths are named by. Default: /nix/store",
 )
+state = click.option(
+    "--state",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="State directory; a running daemon's is fine. "
+    "Default: root of --config, else /var/lib/fusesnap, for others than root ~/.local/state/fusesnap",
+)
 root = click.option(
     "--root",
     type=click.Path(path_type=Path),

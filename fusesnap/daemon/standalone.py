@@ -17,8 +17,8 @@ from fusesnap.daemon.build import Node, open_node, plain_errors
 from fusesnap.daemon.path_source import LocalPathSource
 from fusesnap.daemon.readers import identify, is_dying
 from fusesnap.daemon.signals import stop_on_signal
+from fusesnap.daemon.watching import Watch, draw
 from fusesnap.errors import Unsupported
-from fusesnap.fetch.flight import FlightState
 from fusesnap.filesystem.error_counts import ErrorCounts
 from fusesnap.filesystem.image_nodes import ImageNodes
 from fusesnap.filesystem.inode import InodeKind
@@ -41,12 +41,8 @@ from fusesnap.images.source import parse_source
 from fusesnap.nix.store_path import StorePath
 from fusesnap.snapshots.nix_layer import NixLayers
 
-# How often the line on a terminal is drawn anew, in seconds.
-TICK = 0.2
 # Each blocked reader occupies a task.
 MAX_TASKS = 1024
-
-Watch = Callable[[Sequence[FlightState]], None]
 
 
 async def mount_source(
@@ -102,13 +98,6 @@ def shown_paths(rootfs: RootFs) -> frozenset[StorePath]:
     """The store paths whose content shows: of all Nix layers, without those that layers above replaced."""
     stated = {stated.path for layer in rootfs.nix_layers for stated in layer.placeholders}
     return frozenset(stated - rootfs.overridden)
-
-
-async def draw(node: Node, watch: Watch) -> None:
-    """Let a person see what is being fetched, until cancelled."""
-    while True:
-        watch(node.realiser.flights())
-        await trio.sleep(TICK)
 
 
 async def open_source(node: Node, source: str) -> RootFs:

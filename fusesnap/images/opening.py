@@ -62,20 +62,24 @@ def open_image(
     scratch: Path,
     *,
     digest: Digest | None = None,
+    reference: str | None = None,
+    follow: bool = False,
     progress: Progress = no_progress,
 ) -> Iterator[OpenImage]:
     """Open the image at ``location``: an OCI layout, in a directory or in a tar, or a tar as Docker saves one.
 
-    ``location`` is a stranger's: no link in it is followed. ``name`` is what messages call it. A tar may be compressed;
-    it is unfolded into a file without a name in the directory ``scratch``. ``digest`` chooses one image of several, by
-    its manifest. ``progress`` is told of bytes that were decompressed or hashed, and may raise to stop.
+    ``location`` is a stranger's: no link in it is followed, unless ``follow``. ``name`` is what messages call it. A tar
+    may be compressed; it is unfolded into a file without a name in the directory ``scratch``. ``digest`` chooses one
+    image of several by its manifest, ``reference`` by what it is called there. ``progress`` is told of bytes that were
+    decompressed or hashed, and may raise to stop.
 
     Raises InvalidData for what is no image, or none for ``platform``, or more than one; ContentMismatch;
     StorageFailure.
     """
-    with _files(location, name, scratch, progress) as files:
+    with _files(location, name, scratch, progress, follow=follow) as files:
         source = _source(files, progress)
-        image = source.image(platform, str(digest) if _chooses(source, digest) else None)
+        chosen = str(digest) if _chooses(source, digest) else reference
+        image = source.image(platform, chosen)
         if digest is not None and image.manifest.digest != digest:
             raise InvalidData(
                 f"{name}: expected an image with manifest {digest}, got {image.manifest.digest}"
@@ -83,12 +87,14 @@ def open_image(
         yield FoundImage(image, source)
 
 
-def _files(location: Path, name: str, scratch: Path, progress: Progress) -> LayoutFiles:
+def _files(
+    location: Path, name: str, scratch: Path, progress: Progress, *, follow: bool
+) -> LayoutFiles:
     with refusals(name):
-        mode = location.lstat().st_mode
+        mode = (location.stat() if follow else location.lstat()).st_mode
     if stat.S_ISDIR(mode):
-        return LayoutDirectory(location, name, follow=False)
-    return LayoutArchive(location, name, scratch=scratch, follow=False, progress=progress)
+        return LayoutDirectory(location, name, follow=follow)
+    return LayoutArchive(location, name, scratch=scratch, follow=follow, progress=progress)
 
 
 def _source(files: LayoutFiles, progress: Progress) -> ImageLayout | DockerArchive:

@@ -6,22 +6,18 @@ Known are the package's name and the names in its ``bin``: not what its author w
 
 from __future__ import annotations
 
-import posixpath
 import re
-from collections.abc import Awaitable, Callable, Collection
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Final
 
 from fusesnap.errors import InvalidData
+from fusesnap.images.links import Links, TreeOf
 from fusesnap.nix.store_path import StoreDir, StorePath
 from fusesnap.nix.tree import Entry, EntryKind, Tree
 
-# As Linux, which follows no more links than that for one name (path_resolution(7)).
-MAX_LINKS: Final = 40
 _BIN: Final = b"bin"
 _SHOWN: Final = 8  # programs in one message
-
-TreeOf = Callable[[StorePath], Awaitable[Tree]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,9 +61,9 @@ class ProgramFinder:
     def __init__(
         self, closure: Collection[StorePath], tree_of: TreeOf, store_dir: StoreDir
     ) -> None:
-        self._closure = closure
         self._tree_of = tree_of
         self._store_dir = store_dir
+        self._links = Links(closure, tree_of, store_dir)
 
     async def find(self, root: StorePath) -> Programs:
         """Return the programs of ``root``.
@@ -78,7 +74,7 @@ class ProgramFinder:
 
         Raises InvalidData, saying what was looked for, where there are no programs, and what ``tree_of`` raises.
         """
-        top = await self._entry(await self._follow(root, b""))
+        top = await self._entry(await self._links.follow(root, b""))
         if top is not None and top.kind is EntryKind.REGULAR:
             if top.executable:
                 return Programs(None, (root.name,))
@@ -86,7 +82,7 @@ class ProgramFinder:
                 f"{self._store_dir.format(root)}: expected an image archive, or a package with programs in bin, got a"
                 " file that is neither archive nor program"
             )
-        directory = await self._follow(root, _BIN)
+        directory = await self._links.follow(root, _BIN)
         if directory is None:
             raise self._nothing(root, "has no bin")
         path, index = directory
@@ -112,60 +108,16 @@ class ProgramFinder:
             return False
         if entry.kind is not EntryKind.SYMLINK:
             return entry.kind is EntryKind.REGULAR and entry.executable
-        target = self._target(path, tree.path(index), entry.target)
-        if target is None or target[0] not in self._closure:
+        target = self._links.target(path, tree.path(index), entry.target)
+        if target is None:
             return False
         if target[0] != path:
             return bool(target[1])
-        there = await self._entry(await self._follow(*target))
+        there = await self._entry(await self._links.follow(*target))
         return there is not None and there.kind is EntryKind.REGULAR and there.executable
 
     async def _entry(self, place: tuple[StorePath, int] | None) -> Entry | None:
         return None if place is None else (await self._tree_of(place[0])).entries[place[1]]
-
-    async def _follow(self, path: StorePath, inner: bytes) -> tuple[StorePath, int] | None:
-        """Walk to ``inner`` within ``path``; returns where that is in the end, which is no link. None: nowhere."""
-        for _ in range(MAX_LINKS):
-            tree = await self._tree_of(path)
-            index, rest = _walk(tree, inner)
-            if index is None:
-                return None
-            if tree.kind(index) is not EntryKind.SYMLINK:
-                return (path, index) if not rest else None
-            target = self._target(path, tree.path(index), tree.link_target(index))
-            if target is None or target[0] not in self._closure:
-                return None
-            path, inner = target[0], b"/".join(filter(None, (target[1], rest)))
-        return None
-
-    def _target(
-        self, path: StorePath, link: bytes, target: bytes
-    ) -> tuple[StorePath, bytes] | None:
-        """Where a link at ``link`` of ``path`` leads: a store path and what is within; None: out of the store."""
-        store = self._store_dir.path.encode()
-        here = b"/".join(filter(None, (store, path.base_name.encode(), link)))
-        full = posixpath.normpath(posixpath.join(posixpath.dirname(here), target))
-        base, _, inner = full.removeprefix(store + b"/").partition(b"/")
-        if base == full:
-            return None
-        try:
-            return StorePath.parse_base_name(base.decode("ascii")), inner
-        except (InvalidData, UnicodeDecodeError):
-            return None
-
-
-def _walk(tree: Tree, inner: bytes) -> tuple[int | None, bytes]:
-    """Go down to ``inner``, but no further than to the first link; returns what is left behind that."""
-    index = 0
-    parts = inner.split(b"/") if inner else []
-    for position, part in enumerate(parts):
-        if tree.kind(index) is EntryKind.SYMLINK:
-            return index, b"/".join(parts[position:])
-        child = tree.child(index, part)
-        if child is None:
-            return None, b""
-        index = child
-    return index, b""
 
 
 def _is_text(name: bytes) -> bool:

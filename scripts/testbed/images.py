@@ -239,6 +239,65 @@ def write_image(
     return archive
 
 
+def write_build_image(
+    archive: Path, store: NixStore, closure: Closure, *, name: str, entrypoint: Sequence[str]
+) -> Path:
+    """Write what nix-snapshotter's ``buildImage`` leaves: one Nix layer, ``copyToRoot`` of the closure's root.
+
+    From its source (``pkg/nix2container``): documents indented by two blanks; the layer with gzip and the annotations
+    of PATHS; exported by containerd (``core/images/archive/exporter.go``), which lists directories too, writes
+    ``manifest.json`` for Docker beside ``index.json``, and has the name without host and tag in no place but its own
+    annotation.
+    """
+    layer = nix_layer(store, closure, NixLayerManner.PATHS, copy_to_root=True)
+    packed = gzip.compress(layer.tar, mtime=0)
+    blobs: list[bytes] = []
+    config = _indented(
+        {
+            "architecture": ARCHITECTURES[platform.machine()],
+            "os": "linux",
+            "config": {"Entrypoint": list(entrypoint)},
+            "rootfs": {"type": "layers", "diff_ids": [_digest(layer.tar)]},
+        }
+    )
+    manifest = _indented(
+        {
+            "schemaVersion": 2,
+            "mediaType": MANIFEST_TYPE,
+            "config": _blob(blobs, CONFIG_TYPE, config),
+            "layers": [_blob(blobs, f"{LAYER_TYPE}+gzip", packed, layer.annotations)],
+        }
+    )
+    names = {
+        "io.containerd.image.name": name,
+        "org.opencontainers.image.ref.name": name.rpartition(":")[2],
+    }
+    index = {
+        "schemaVersion": 2,
+        "mediaType": "application/vnd.oci.image.index.v1+json",
+        "manifests": [_blob(blobs, MANIFEST_TYPE, manifest, names)],
+    }
+    docker = {
+        "Config": f"blobs/{_digest(config).replace(':', '/')}",
+        "RepoTags": [name],
+        "Layers": [f"blobs/{_digest(packed).replace(':', '/')}"],
+    }
+    entries: dict[str, Entry | bytes | str] = {
+        "blobs": Directory(),
+        "blobs/sha256": Directory(),
+        **{f"blobs/{_digest(blob).replace(':', '/')}": File(blob, mode=0o444) for blob in blobs},
+        "index.json": _json(index),
+        "manifest.json": _json([docker]),
+        "oci-layout": _json({"imageLayoutVersion": "1.0.0"}),
+    }
+    archive.write_bytes(ordinary_layer(entries).tar)
+    return archive
+
+
+def _indented(value: object) -> bytes:
+    return json.dumps(value, indent=2).encode()
+
+
 def _blob(
     blobs: list[bytes],
     media_type: str,

@@ -1,0 +1,215 @@
+"""``fusesnap image``: images without a registry, and into one."""
+
+from __future__ import annotations
+
+import platform as machine
+import re
+from pathlib import Path
+from typing import Any
+
+import click
+
+from fusesnap.cli import options
+from fusesnap.cli.status import size as bytes_for_people
+from fusesnap.config import Settings
+
+_PORT = re.compile(r"[0-9]{1,5}(?:/(?:tcp|udp|sctp))?", re.ASCII)
+
+
+@click.group()
+def image() -> None:
+    """Make images of store paths, look at them, and bring them where they are wanted.
+
+    \b
+    An IMAGE is one of
+      FILE or DIR               an OCI archive or layout, or what `docker save` writes, also compressed
+      oci-archive:FILE[:REF]    the same, and which of its images; also oci:DIR[:REF], docker-archive:FILE[:REF]
+      /nix/store/<hash>-<name>  such a file in a binary cache; of any other package an image is made
+      nix:0/nix/store/<hash>-…  the same, as Kubernetes is told it
+    """
+
+
+def pairs(
+    context: click.Context, parameter: click.Parameter, values: tuple[str, ...]
+) -> dict[str, str]:
+    """``NAME=VALUE`` options as a dictionary."""
+    for value in values:
+        if "=" not in value or value.startswith("="):
+            raise click.BadParameter(f"{value!r}: NAME=VALUE is expected")
+    return dict(value.partition("=")[::2] for value in values)
+
+
+def ports(
+    context: click.Context, parameter: click.Parameter, values: tuple[str, ...]
+) -> frozenset[str]:
+    """Checked ``PORT[/PROTOCOL]`` options."""
+    for value in values:
+        if not _PORT.fullmatch(value) or not 0 < int(value.partition("/")[0]) < 65536:  # noqa: PLR2004
+            raise click.BadParameter(f"{value!r}: a port is expected, as 6379 or 53/udp")
+    return frozenset(value if "/" in value else f"{value}/tcp" for value in values)
+
+
+def absolute(
+    context: click.Context, parameter: click.Parameter, values: tuple[str, ...]
+) -> frozenset[str]:
+    """Checked paths in a container."""
+    for value in values:
+        if not value.startswith("/"):
+            raise click.BadParameter(f"{value!r}: an absolute path is expected")
+    return frozenset(values)
+
+
+@image.command()
+@click.argument("paths", nargs=-1, required=True, metavar="PATH...")
+@click.option(
+    "-o",
+    "--output",
+    required=True,
+    metavar="FILE",
+    help="Where the image goes: FILE or oci-archive:FILE for an archive, oci:DIR for a layout.",
+)
+@click.option(
+    "-t", "--tag", metavar="NAME", help="The image's name, as registry.example.org/redis:7."
+)
+@click.option(
+    "--entrypoint",
+    multiple=True,
+    metavar="WORD",
+    help="What a container starts; once for each word. Default: the only program of the first "
+    "PATH, or the one that is named like it.",
+)
+@click.option(
+    "--cmd", multiple=True, metavar="WORD", help="Arguments that a user may replace; once for each."
+)
+@click.option(
+    "-e", "--env", multiple=True, callback=pairs, metavar="NAME=VALUE", help="Environment."
+)
+@click.option("-u", "--user", metavar="USER[:GROUP]", help="Who the container runs as.")
+@click.option("-w", "--workdir", metavar="DIR", help="Where it starts.")
+@click.option("-l", "--label", multiple=True, callback=pairs, metavar="NAME=VALUE", help="Label.")
+@click.option(
+    "-p", "--expose", multiple=True, callback=ports, metavar="PORT", help="Port, as 6379 or 53/udp."
+)
+@click.option("-v", "--volume", multiple=True, callback=absolute, metavar="DIR", help="Volume.")
+@click.option(
+    "--copy-to-root",
+    multiple=True,
+    metavar="PATH",
+    help="Store path whose files appear in the root too, as links; may be given several times.",
+)
+@click.option("--from", "base", metavar="IMAGE", help="Image that this one is built on.")
+@click.option(
+    "--arch",
+    metavar="ARCH[/VARIANT]",
+    help="Architecture of the packages, as amd64 or arm64. Default: this machine's.",
+)
+@click.option(
+    "--closure-list",
+    metavar="PATH",
+    help="Store path whose file store-paths lists the closure (closureInfo of nixpkgs): named as nix-closure too.",
+)
+@click.option(
+    "--realise",
+    is_flag=True,
+    help="Fetch and verify the closure, instead of reading the first bytes of each NAR.",
+)
+@options.state
+@options.fetching
+def build(
+    paths: tuple[str, ...],
+    output: str,
+    tag: str | None,
+    entrypoint: tuple[str, ...],
+    cmd: tuple[str, ...],
+    env: dict[str, str],
+    user: str | None,
+    workdir: str | None,
+    label: dict[str, str],
+    expose: frozenset[str],
+    volume: frozenset[str],
+    copy_to_root: tuple[str, ...],
+    base: str | None,
+    arch: str | None,
+    closure_list: str | None,
+    realise: bool,
+    **fetching: Any,
+) -> None:
+    """Build an image of the closures of store paths, a few KiB large.
+
+    It names the store paths instead of carrying them: they are fetched where it runs, by fusesnap or nix-snapshotter.
+    No Nix is needed, and nothing of the closure but narinfos and the first bytes of NARs is fetched. The same command
+    gives the same bytes.
+
+    \b
+    fusesnap image build /nix/store/<hash>-redis-7.0.15 --entrypoint redis-server -p 6379 -o redis.tar
+    """
+    import trio  # noqa: PLC0415
+
+    from fusesnap.cli.progress import LiveLine  # noqa: PLC0415
+    from fusesnap.daemon.image_build import Order, build_image  # noqa: PLC0415
+    from fusesnap.images.run_config import RunConfig  # noqa: PLC0415
+
+    run = RunConfig(
+        entrypoint=entrypoint or None,
+        command=cmd or None,
+        environment=env,
+        user=user,
+        working_directory=workdir,
+        labels=label,
+        ports=expose,
+        volumes=volume,
+    )
+    place, as_layout = output_place(output)
+    order = Order(
+        paths=paths,
+        run=run,
+        platform=platform_of(arch),
+        output=place,
+        as_layout=as_layout,
+        tag=tag,
+        copy_to_root=copy_to_root,
+        base=base,
+        closure_list=closure_list,
+        realise=realise,
+    )
+    with LiveLine() as line:
+        built = trio.run(build_image, settings_of(fetching), order, line.update)
+    if built.remark is not None:
+        click.echo(f"note: {built.remark}", err=True)
+    click.echo(
+        f"{place}: {built.digest}, {built.paths} store paths in a layer of {bytes_for_people(built.layer_size)}"
+    )
+
+
+def settings_of(fetching: dict[str, Any]) -> Settings:
+    """The settings that the options of ``options.state`` and ``options.fetching`` give."""
+    state = fetching.pop("state")
+    return options.settings(
+        fetching.pop("config"),
+        default_root=options.default_state(),
+        root=str(state.absolute()) if state else None,
+        **fetching,
+    )
+
+
+def output_place(text: str) -> tuple[Path, bool]:
+    """Where an image goes, and whether as a layout."""
+    transport, colon, rest = text.partition(":")
+    if colon and transport in ("oci", "oci-archive"):
+        if not rest:
+            raise click.BadParameter(f"{text!r}: a path is expected after {transport}:")
+        return Path(rest), transport == "oci"
+    return Path(text), False
+
+
+def platform_of(arch: str | None) -> Any:
+    """The platform of an architecture, as images or uname(2) name it; this machine's where None is given."""
+    from fusesnap.errors import InvalidConfiguration  # noqa: PLC0415
+    from fusesnap.images.platform import Platform  # noqa: PLC0415
+
+    try:
+        return Platform.of_machine(arch or machine.machine())
+    except InvalidConfiguration:
+        if arch is None:
+            raise
+        return Platform.parse(f"linux/{arch}")

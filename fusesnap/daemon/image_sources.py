@@ -1,0 +1,92 @@
+"""Images as the commands of ``fusesnap image`` are given them, and store paths as people write them."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import ExitStack, asynccontextmanager
+from functools import partial
+from pathlib import Path
+from typing import Final
+
+import trio
+
+from fusesnap.daemon.build import Node
+from fusesnap.errors import InvalidArgument, InvalidData
+from fusesnap.images.opening import OpenImage, open_image
+from fusesnap.images.platform import Platform
+from fusesnap.images.reference import parse_reference
+from fusesnap.images.store_images import StoreImages
+from fusesnap.nix.quoting import quote
+from fusesnap.nix.store_path import StorePath
+
+# As containers-transports(5) calls them. What a file is, it says itself; the words are for those who are used to them.
+TRANSPORTS: Final = ("oci", "oci-archive", "docker-archive")
+
+
+def local_image(text: str) -> tuple[Path, str | None]:
+    """Read ``[TRANSPORT:]PATH[:REFERENCE]``; a reference needs a transport before the path. Raises InvalidArgument."""
+    transport, _, rest = text.partition(":")
+    if transport not in TRANSPORTS:
+        return Path(text), None
+    path, _, reference = rest.partition(":")
+    if not path:
+        raise InvalidArgument(f"{quote(text)}: expected a path after '{transport}:'")
+    return Path(path), reference or None
+
+
+async def store_path(node: Node, text: str) -> StorePath:
+    """Read a store path, a reference to one, or a link to one, as ``nix build`` leaves it.
+
+    Raises InvalidArgument, and what looking for a hash part raises.
+    """
+    reference = parse_reference(text, node.store_dir)
+    if reference is not None:
+        path = await node.realiser.resolve(reference.hash_part)
+        reference.check(path)
+        return path
+    full = text
+    if not text.startswith(f"{node.store_dir}/"):
+        full = str(await trio.Path(text).resolve())
+    try:
+        return node.store_dir.parse(full)
+    except InvalidData as error:
+        raise InvalidArgument(f"{quote(text)}: expected a store path: {error}") from error
+
+
+def is_in_store(node: Node, text: str) -> bool:
+    """Whether ``text`` names an image by a store path."""
+    return (
+        text.startswith(f"{node.store_dir}/") or parse_reference(text, node.store_dir) is not None
+    )
+
+
+@asynccontextmanager
+async def opened(node: Node, text: str, platform: Platform) -> AsyncIterator[OpenImage]:
+    """Open the image that ``text`` names: a store path, a reference to one, an archive or a layout.
+
+    Raises what opening raises.
+    """
+    if is_in_store(node, text):
+        images = StoreImages(node.store, node.realiser, platform, node.settings.root)
+        reference = parse_reference(text, node.store_dir)
+        path = await store_path(node, text)
+        async with images.open(path, reference.digest if reference else None) as image:
+            yield image
+        return
+    path_on_disk, name = local_image(text)
+    found = open_image(
+        path_on_disk,
+        str(path_on_disk),
+        platform,
+        node.settings.root,
+        reference=name,
+        follow=True,
+        progress=stop_if_cancelled,
+    )
+    with ExitStack() as stack:
+        yield await trio.to_thread.run_sync(partial(stack.enter_context, found))
+
+
+def stop_if_cancelled(_: int) -> None:
+    """For work in threads: raises where the task that waits for it was cancelled."""
+    trio.from_thread.check_cancelled()
