@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import select
 import signal
 import socket
 import sys
@@ -91,6 +92,7 @@ class Process:
     silent: float = 0.0  # seconds without a word, counted while we were awake ourselves
     lived: float = 0.0
     served: float = 0.0  # seconds
+    poll: select.epoll | None = None  # where the line is waited on
 
     @classmethod
     def start(cls, name: str, command: list[str], descriptors: tuple[int, ...]) -> Process:
@@ -105,6 +107,11 @@ class Process:
                 raise
         ours.setblocking(False)
         return cls(name, pid, ours.detach())
+
+    def wait_on(self, poll: select.epoll) -> None:
+        """Have the line waited on."""
+        poll.register(self.line, select.EPOLLIN)
+        self.poll = poll
 
     def hear(self) -> None:
         """The line has something to say: words, or its end."""
@@ -145,8 +152,14 @@ class Process:
             self.signal(signal.SIGTERM)
 
     def hang_up(self) -> None:
-        """Close the line."""
+        """Close the line.
+
+        That alone would not end the waiting: a child that is being started shares our descriptors until its exec has
+        closed them, and that may be after posix_spawn has returned.
+        """
         if self.line >= 0:
+            if self.poll is not None:
+                self.poll.unregister(self.line)
             os.close(self.line)
             self.line = -1
 

@@ -167,7 +167,7 @@ class Supervisor:
         """Hear what a process says."""
         if process.line >= 0:
             self.lines[process.line] = process
-            self.control.register(process.line, select.EPOLLIN)
+            process.wait_on(self.control)
 
     # ----------------------------------------------------------------- work
 

@@ -129,6 +129,26 @@ def test_a_child_that_closes_its_line_after_that_is_left_alone(made: list[Child]
     assert process.ended() is None
 
 
+def test_the_line_of_a_dead_one_is_not_waited_on_while_a_new_one_shares_it(
+    made: list[Child],
+) -> None:
+    poll = select.epoll()
+    one = child(made, SPEAKS)
+    one.listen = lambda process: process.wait_on(poll)
+    one.tend(1e9, 0.0)
+    assert one.process is not None
+    shared = os.dup(one.process.line)  # as between fork and exec
+    try:
+        pid = one.process.pid
+        tend_until(one, lambda: one.process is None or one.process.pid != pid)
+        for process in one.processes:
+            process.hang_up()
+        assert poll.poll(0) == []
+    finally:
+        os.close(shared)
+        poll.close()
+
+
 def test_a_child_that_keeps_dying_young_waits_longer_each_time(
     made: list[Child], capfd: pytest.CaptureFixture[str]
 ) -> None:
