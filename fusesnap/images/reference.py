@@ -113,9 +113,9 @@ def reference_of(path: StorePath, store_dir: StoreDir) -> str:
     words = _WORDS.findall(path.name)
     between = _WORDS.split(path.name)[1:-1]
     separators = [run if _SEPARATOR.fullmatch(run) else "-" for run in between]
-    spelling = "".join(
-        word.lower() + separator for word, separator in zip(words, [*separators, ""], strict=True)
-    )
+    # A name may have no words at all, and then nothing between them.
+    pairs = zip(words, [*separators, ""][: len(words)], strict=True)
+    spelling = "".join(word.lower() + separator for word, separator in pairs)
     reference = f"{DOMAIN}{store_dir}/{path.hash_part}"
     full = f"{reference}-{spelling}"
     return full if spelling and len(full) <= 255 else reference  # noqa: PLR2004 (as for MAX_REFERENCE)

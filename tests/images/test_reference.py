@@ -180,6 +180,10 @@ def test_every_path_has_a_reference_that_clients_read(hash_part: str, name: str)
     parsed(f"nix:0/nix/store/{hash_part}").check(path)
 
 
+def test_a_name_without_words_is_left_out() -> None:
+    assert reference_of(StorePath(HASH, "="), STORE) == f"nix:0/nix/store/{HASH}"
+
+
 @given(st.from_regex(COMPONENT, fullmatch=True), names)
 def test_a_name_that_can_be_spelled_has_one_spelling(spelled: str, other: str) -> None:
     assert may_be_spelled(spelled[:200].rstrip("-._"), spelled[:200].rstrip("-._"))
