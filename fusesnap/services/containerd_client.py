@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, TypeVar
@@ -10,7 +10,7 @@ from typing import Final, TypeVar
 import grpc
 from google.protobuf.empty_pb2 import Empty
 
-from fusesnap.errors import Unavailable
+from fusesnap.errors import FailedPrecondition, Unavailable
 from fusesnap.services.api import (
     introspection_pb2,
     introspection_pb2_grpc,
@@ -22,6 +22,9 @@ ANSWER_WITHIN: Final = 10.0  # seconds; containerd only looks into its memory
 MAX_MESSAGE_BYTES: Final = 16 << 20
 # How long containerd may have been back before we notice, in milliseconds. gRPC would wait for up to two minutes.
 LONGEST_BACKOFF: Final = 1000
+
+SNAPSHOTTER: Final = "io.containerd.snapshotter.v1"
+ADDRESS: Final = "address"  # of a proxy plugin, among its exports
 
 T = TypeVar("T")
 
@@ -80,6 +83,39 @@ def ask_plugins(address: Path) -> tuple[Plugin, ...]:
         )
         for each in answer.plugins
     )
+
+
+def find_snapshotter(address: Path, socket: Path, preferred: str) -> str:
+    """What the containerd that serves ``address`` calls the snapshotter that serves ``socket``.
+
+    If it has several names, ``preferred`` if that is one of them. Raises ``FailedPrecondition`` where it has none, and
+    ``Unavailable``.
+    """
+    names = snapshotters_at(ask_plugins(address), socket, preferred)
+    if not names:
+        raise FailedPrecondition(
+            f"containerd at {address} has no snapshotter at {socket}: put what"
+            " `fusesnap daemon --print-containerd-config` prints into its configuration"
+        )
+    return preferred if preferred in names else min(names)
+
+
+def snapshotters_at(plugins: Iterable[Plugin], socket: Path, assumed: str) -> set[str]:
+    """What the snapshotter that serves ``socket`` is called. A proxy of containerd 1.6 does not say its address: the
+    one of the name ``assumed`` is taken to be it.
+    """
+    return {
+        each.id
+        for each in plugins
+        if each.type == SNAPSHOTTER
+        and (
+            _is_at(each.exports[ADDRESS], socket) if ADDRESS in each.exports else each.id == assumed
+        )
+    }
+
+
+def _is_at(address: str, socket: Path) -> bool:
+    return Path(address.removeprefix("unix://")).resolve() == socket.resolve()
 
 
 def _ask(address: Path, question: Callable[[grpc.Channel], T]) -> T:

@@ -115,7 +115,8 @@ class ContentStore:
         """Store a layer. What is there already is as good. Raises the tree's error for what containerd says."""
         reference = wanted.reference or f"fusesnap-diff-{secrets.token_hex(8)}"
         try:
-            with translated(), _Upload(self._content, reference, self._metadata) as upload:
+            with translated(), Upload(self._content, reference, self._metadata) as upload:
+                upload.begin()
                 return self._stored(upload, layer, wanted)
         except BaseException:
             if not wanted.reference:
@@ -125,10 +126,10 @@ class ContentStore:
             raise
 
     def _stored(
-        self, upload: _Upload, layer: Iterable[bytes], wanted: Wanted
+        self, upload: Upload, layer: Iterable[bytes], wanted: Wanted
     ) -> descriptor_pb2.Descriptor:
         plain, stored = hashlib.sha256(), hashlib.sha256()
-        for block in _blocks(_compressed(_hashed(layer, plain), wanted.compression)):
+        for block in in_blocks(_compressed(_hashed(layer, plain), wanted.compression)):
             stored.update(block)
             upload.write(block)
         labels = dict(wanted.labels)
@@ -154,38 +155,65 @@ class ContentStore:
         return info.size
 
 
-class _Upload:
-    """A stream to containerd, on which each request is answered before the next one is sent."""
+class Upload:
+    """A stream to containerd, on which each request is answered before the next one is sent. To be used as a context.
+
+    ``expected`` is the digest that the content must have, and ``size`` its bytes, where they are known. ``timeout`` is
+    in seconds. Methods raise ``grpc.RpcError``; :meth:`cancel` is for any thread.
+    """
 
     def __init__(
-        self, content: content_pb2_grpc.ContentStub, reference: str, metadata: Metadata
+        self,
+        content: content_pb2_grpc.ContentStub,
+        reference: str,
+        metadata: Metadata,
+        *,
+        expected: str = "",
+        size: int = 0,
+        timeout: float | None = None,
     ) -> None:
         self._requests: SimpleQueue[content_pb2.WriteContentRequest | None] = SimpleQueue()
         requests = iter(self._requests.get, None)
-        self._answers = cast("_Answers", content.Write(requests, metadata=metadata))
+        write = content.Write(requests, metadata=metadata, timeout=timeout)
+        self._answers = cast("_Answers", write)
         self._reference = reference
+        self._expected = expected
+        self._size = size
         self._offset = 0
 
-    def __enter__(self) -> _Upload:
-        self._ask(content_pb2.STAT)
+    def __enter__(self) -> Upload:
         return self
 
     def __exit__(self, *_: object) -> None:
         self._requests.put(None)  # gRPC's thread waits for it
         self._answers.cancel()
 
+    def cancel(self) -> None:
+        """Have the call that is under way fail."""
+        self._answers.cancel()
+
+    def begin(self) -> bool:
+        """Lock the upload's name. Says whether containerd has all that is expected, of another of its namespaces."""
+        at = self._ask(content_pb2.STAT).offset
+        if not self._expected or at != self._size:
+            return False
+        self._offset = at
+        return True
+
     def write(self, data: bytes) -> None:
         """Append data; the first of it replaces what an earlier upload of that name has left."""
         self._ask(content_pb2.WRITE, data=data, offset=self._offset)
         self._offset += len(data)
 
-    def commit(self, labels: Mapping[str, str]) -> None:
-        """Make it content, unless the same is there."""
+    def commit(self, labels: Mapping[str, str]) -> bool:
+        """Make it content, with these labels. Says whether it was not there before; then labels stay as they are."""
         try:
             self._ask(content_pb2.COMMIT, offset=self._offset, labels=labels)
         except grpc.RpcError as error:
             if error.code() is not grpc.StatusCode.ALREADY_EXISTS:
                 raise
+            return False
+        return True
 
     def _ask(
         self,
@@ -194,13 +222,19 @@ class _Upload:
         data: bytes = b"",
         offset: int = 0,
         labels: Mapping[str, str] | None = None,
-    ) -> None:
+    ) -> content_pb2.WriteContentResponse:
         self._requests.put(
             content_pb2.WriteContentRequest(
-                action=action, ref=self._reference, offset=offset, data=data, labels=labels
+                action=action,
+                ref=self._reference,
+                total=self._size,
+                expected=self._expected,
+                offset=offset,
+                data=data,
+                labels=labels,
             )
         )
-        self._answers.__next__()
+        return self._answers.__next__()
 
 
 def _hashed(pieces: Iterable[bytes], digest: hashlib._Hash) -> Iterator[bytes]:
@@ -223,7 +257,7 @@ def _compressed(pieces: Iterable[bytes], compression: Compression) -> Iterator[b
     yield compressor.flush()
 
 
-def _blocks(pieces: Iterable[bytes]) -> Iterator[bytes]:
+def in_blocks(pieces: Iterable[bytes]) -> Iterator[bytes]:
     """The same bytes in fewer messages; none is empty."""
     block = bytearray()
     for piece in pieces:
