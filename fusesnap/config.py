@@ -148,7 +148,7 @@ class Settings(BaseModel):
         description="keep a second worker loaded, which takes over at once when the first dies",
     )
     containerd_address: Path = Field(
-        DEFAULT_CONTAINERD, description="containerd's own socket, for the diff service"
+        DEFAULT_CONTAINERD, description="containerd's own socket, for images and diffs"
     )
     fetch: Fetch = Field(default_factory=Fetch)
     store: Store = Field(default_factory=Store)

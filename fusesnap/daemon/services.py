@@ -19,6 +19,7 @@ from fusesnap.config import Settings, handed_down
 from fusesnap.daemon import control
 from fusesnap.daemon.build import Node, open_node, plain_errors
 from fusesnap.daemon.collector import Collector
+from fusesnap.daemon.containerd_block import NAME
 from fusesnap.daemon.lazy_layer import WorkerMount
 from fusesnap.daemon.logs import explained, log_to_stderr
 from fusesnap.daemon.path_source import HintingPathSource
@@ -28,9 +29,15 @@ from fusesnap.daemon.telemetry.snapshots import ObservedSnapshots
 from fusesnap.daemon.turn import wait_for_turn
 from fusesnap.daemon.waits import WorkersWaits, cancel, status
 from fusesnap.filesystem.views import Views
+from fusesnap.images.platform import Platform
+from fusesnap.images.store_images import StoreImages
 from fusesnap.nix.store_path import StorePath
+from fusesnap.services.containerd_calls import ContainerdCalls
+from fusesnap.services.containerd_client import find_snapshotter, open_channel
 from fusesnap.services.daemon_service import Call, daemon_service
 from fusesnap.services.diff_service import Differ, diff_service
+from fusesnap.services.image_service import image_service
+from fusesnap.services.nix_images import NAMESPACE, PulledImages
 from fusesnap.services.server import serve
 from fusesnap.snapshots.comparison import Comparer
 from fusesnap.snapshots.farms import Farms
@@ -43,7 +50,7 @@ PR_SET_PDEATHSIG = 1  # include/uapi/linux/prctl.h
 
 async def run(settings: Settings, ready: int) -> None:
     """Serve until SIGTERM."""
-    with plain_errors():
+    with plain_errors(), open_channel(settings.containerd_address) as containerd:
         async with open_node(settings) as node, trio.open_nursery() as nursery:
             nursery.start_soon(stop_on_signal, nursery.cancel_scope)
             waits = WorkersWaits(settings.root / control.SOCKET_NAME)
@@ -57,7 +64,12 @@ async def run(settings: Settings, ready: int) -> None:
                 "Status": partial(status, node, snapshotter, waits, collector),
                 "Cancel": partial(cancel, node, snapshotter, waits),
             }
-            also = [daemon_service(calls), diff_service(build_differ(settings))]
+            images = build_images(node, ContainerdCalls(containerd, NAMESPACE), nursery)
+            also = [
+                daemon_service(calls),
+                diff_service(build_differ(settings)),
+                image_service(images, containerd),
+            ]
             observed = observe(node, snapshotter, nursery)
             await nursery.start(partial(serve, observed, settings.socket.absolute(), also=also))
             os.write(ready, b"ready\n")
@@ -96,6 +108,21 @@ def observe(node: Node, snapshotter: Snapshotter, nursery: trio.Nursery) -> Obse
             return frozenset(transaction.chain(name).paths)
 
     return ObservedSnapshots(snapshotter, node.telemetry, time.time, paths_of, str(root), nursery)
+
+
+def build_images(node: Node, containerd: ContainerdCalls, nursery: trio.Nursery) -> PulledImages:
+    """The images of a node that are in no registry; pulls live in ``nursery``."""
+    settings = node.settings
+    platform = Platform.of_machine(os.uname().machine)
+    where = settings.containerd_address, settings.socket.absolute(), NAME
+    return PulledImages(
+        StoreImages(node.store, node.realiser, platform, settings.root),
+        node.store_dir,
+        containerd,
+        partial(trio.to_thread.run_sync, find_snapshotter, *where, abandon_on_cancel=True),
+        time.time,
+        nursery,
+    )
 
 
 def build_differ(settings: Settings) -> Differ:

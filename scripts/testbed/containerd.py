@@ -153,7 +153,8 @@ class Containerd:
         # What ctr says of it differs by version, and the progress of a transfer has blanks for the name's hyphens.
         known = self.images()
         self.ctr("images", "import", *options, archive, timeout=timeout)
-        (imported,) = self.images() - known
+        # CRI, where there is one, names it by its id, too.
+        (imported,) = {name for name in self.images() - known if not name.startswith("sha256:")}
         return imported
 
     def images(self) -> set[str]:
@@ -261,7 +262,7 @@ def containerd(
     another; without it, that is containerd's own ``overlayfs``. With ``cri`` it serves Kubernetes' calls too, and
     ``ctr`` works in their namespace; with ``annotations`` those calls pass descriptions of their own on to the
     snapshotter, for which 2.1 and later do without the transfer service. ``release`` is the host's own unless given.
-    ``remap_ids``: the proxy snapshotter is said to map the ids of user namespaces. ``sandbox`` (from 2.0 on): the image
+    ``remap_ids``: the proxy snapshotter is said to map the ids of user namespaces. ``sandbox``: the image
     that pods run on. With ``differ``, ``fusesnap-diff`` is asked for diffs first, on the same socket, and ``differ`` is
     what the transfer service unpacks with.
     """
@@ -271,7 +272,7 @@ def containerd(
     if cri:
         text += cri_part(work, release, annotations=annotations)
     if sandbox:
-        text += pods_part(work, sandbox)
+        text += pods_part(work, release, sandbox)
         write_network(work / "cni")
     (work / "containerd.toml").write_text(text)
     try:

@@ -75,6 +75,16 @@ PODS = """\
 [plugins."io.containerd.cri.v1.runtime".containerd.runtimes.runc.options]
   Root = "{work}/runc"
 """
+PODS_OF_VERSION_2 = """\
+[plugins."io.containerd.grpc.v1.cri"]
+  sandbox_image = "{image}"
+  netns_mounts_under_state_dir = true
+  restrict_oom_score_adj = true
+[plugins."io.containerd.grpc.v1.cri".containerd.runtimes.runc]
+  runtime_type = "io.containerd.runc.v2"
+[plugins."io.containerd.grpc.v1.cri".containerd.runtimes.runc.options]
+  Root = "{work}/runc"
+"""
 # Says that a pod has a network, which none of ours needs: nothing but this file's answer is there.
 NETWORK = {
     "pods.conflist": '{"cniVersion": "1.0.0", "name": "pods", "plugins": [{"type": "none"}]}',
@@ -160,9 +170,10 @@ def cri_part(work: Path, release: Release, *, annotations: bool) -> str:
     return part.format(name=SNAPSHOTTER, work=work, no_annotations=str(not annotations).lower())
 
 
-def pods_part(work: Path, sandbox: str) -> str:
+def pods_part(work: Path, release: Release, sandbox: str) -> str:
     """The part for pods that run on the image ``sandbox``."""
-    return PODS.format(image=sandbox, work=work)
+    part = PODS if release.major >= 2 else PODS_OF_VERSION_2
+    return part.format(image=sandbox, work=work)
 
 
 def write_network(directory: Path) -> None:

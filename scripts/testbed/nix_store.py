@@ -67,6 +67,10 @@ class NixStore:
         )
         return output.strip()
 
+    def add(self, file: Path) -> str:
+        """Add a file as it is, under its own name; returns its store path, which is its content's address."""
+        return run(["nix-store", "--store", self.uri, "--add", file], env=CONFIGURATION).strip()
+
     def query(self, what: str, *paths: str) -> list[str]:
         """Run ``nix-store --query`` on this store and return the lines that it prints."""
         command = ["nix-store", "--store", self.uri, "--query", f"--{what}", *paths]

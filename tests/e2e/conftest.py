@@ -170,7 +170,7 @@ def node(make_node: NodeMaker, cache: HttpCache) -> Node:
     return make_node(cache.url)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def nix_layers(nix_store: NixStore, simple: SimpleClosure, list_path: str) -> Callable[..., Layer]:
     """Make the closure's Nix layer in one of the three manners."""
 
@@ -180,7 +180,7 @@ def nix_layers(nix_store: NixStore, simple: SimpleClosure, list_path: str) -> Ca
     return make
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def base_layer() -> Layer:
     """What a container needs beside its programs."""
     return ordinary_layer({"etc/hostname": b"test\n", "tmp/.keep": b"", "root/.keep": b""})

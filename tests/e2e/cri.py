@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
@@ -55,7 +55,7 @@ class Pod:
     name: str
     cgroup: str
     logs: Path | None = None
-    user_namespace: UserNamespace = field(default_factory=UserNamespace)
+    user_namespace: UserNamespace | None = None
 
     @property
     def config(self) -> PodSandboxConfig:

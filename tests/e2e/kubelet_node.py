@@ -1,0 +1,110 @@
+"""A node as a kubelet sees it: fusesnap is its endpoint for images, containerd the one for pods."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import grpc
+from testbed.containerd import Containerd, cgroup_name, containerd
+from testbed.debian import containerd_release
+from testbed.fusesnap_daemon import FusesnapDaemon, Source, fusesnap_daemon
+from testbed.gate import Gate, gate
+from testbed.images import Layer, write_image
+from testbed.processes import CommandFailed
+
+from .cri import Kubelet, Pod
+
+# A reference that containerd leaves as it is.
+PAUSE: Final = "localhost/pause:1"
+CONFIGURATION: Final = """\
+containerd-address = "{address}"
+spare-worker = false
+[fetch]
+unpackers = 1
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class KubeletNode:
+    """``gate`` is between fusesnap and containerd."""
+
+    kubelet: Kubelet
+    gate: Gate
+    daemon: FusesnapDaemon
+    containerd: Containerd
+    work: Path
+
+    def pod(self) -> Pod:
+        """A new pod, whose container's output is in :meth:`logs`."""
+        logs = self.work / f"pod-{len(list(self.work.glob('pod-*')))}"
+        logs.mkdir()
+        return Pod(logs.name, f"/{cgroup_name(self.work / 'c')}", logs=logs)
+
+    @staticmethod
+    def logs(pod: Pod) -> list[str]:
+        """What the container of a pod has written, without times."""
+        assert pod.logs is not None
+        lines = (pod.logs / "one.log").read_text().splitlines()
+        return [line.partition(" ")[2] for line in lines]
+
+    def held(self) -> dict[str, set[str]]:
+        """All that images leave in containerd, and the closures that we keep for them."""
+        ctr = self.containerd.ctr
+        roots = self.daemon.state / "nix/gcroots/fusesnap"
+        return {
+            "images": self.containerd.images(),
+            "content": set(ctr("content", "ls", "--quiet").split()),
+            "uploads": _first_words(ctr("content", "active")),
+            "snapshots": _first_words(
+                ctr("snapshots", "--snapshotter", self.containerd.snapshotter, "ls")
+            ),
+            "leases": set(ctr("leases", "ls", "--quiet").split()),
+            "roots": {path.name for path in roots.iterdir()} if roots.exists() else set(),
+        }
+
+    def wait_until_nothing_is_new(self, before: dict[str, set[str]]) -> None:
+        """Wait until nothing is held that was not ``before``. What importing the pause image left may have gone."""
+        new: dict[str, set[str]] = {}
+
+        def nothing() -> bool:
+            new.update({kind: names - before[kind] for kind, names in self.held().items()})
+            return not any(new.values())
+
+        try:
+            self.daemon.service.wait_until(nothing)
+        except CommandFailed as error:
+            raise AssertionError(f"left over: {new}") from error
+
+
+@contextlib.contextmanager
+def kubelet_node(
+    work: Path, version: str, source: Source, pause: Layer, program: str
+) -> Iterator[KubeletNode]:
+    """Run a node with containerd of a ``version``, whose pods run on a layer with ``program``, a busybox."""
+    (work / "fusesnap.toml").write_text(CONFIGURATION.format(address=work / "gate.sock"))
+    options = ["--config", str(work / "fusesnap.toml")]
+    with contextlib.ExitStack() as stack:
+        daemon = stack.enter_context(fusesnap_daemon(work / "s", source=source, options=options))
+        release = containerd_release(version)
+        client = stack.enter_context(
+            containerd(work / "c", proxy=daemon.address, cri=True, sandbox=PAUSE, release=release)
+        )
+        between = stack.enter_context(gate(work / "gate.sock", client.address))
+        channels = [
+            stack.enter_context(grpc.insecure_channel(f"unix:{address}"))
+            for address in (daemon.address, client.address)
+        ]
+        node = KubeletNode(Kubelet(*channels), between, daemon, client, work)
+        command = [program, "sleep", "1000"]
+        client.import_archive(write_image(work / "pause.tar", [pause], name=PAUSE, command=command))
+        daemon.service.wait_until(lambda: node.kubelet.image(PAUSE) is not None)
+        yield node
+
+
+def _first_words(table: str) -> set[str]:
+    """The first column of what ctr prints with a heading."""
+    return {line.split()[0] for line in table.splitlines()[1:] if line.strip()}
