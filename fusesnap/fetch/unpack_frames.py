@@ -8,9 +8,10 @@ all little-endian. One stream carries many jobs at once, each with a number of t
 
     BEGIN   the narinfo, as text
     DATA    the next bytes of the NAR as the cache stores it
-    COMMIT  that was all: check it and commit it
+    COMMIT  that was all: check it and commit it at once
+    QUEUE   that was all: check it, and commit it with others when the disk is free
     DROP    throw the job away
-    DONE    the answer to COMMIT: the path is committed; or to DROP: nothing of it is left
+    DONE    the answer to COMMIT and QUEUE: the path is committed; or to DROP: nothing of it is left
     READY   said once, as job 0, when NARs can be taken
     FAILED  the answer to anything: a JSON list of the error's class name, message, and errno or null
 """
@@ -21,6 +22,7 @@ import json
 import struct
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import Protocol
 
 from fusesnap import errors
 from fusesnap.errors import FusesnapError, InvalidData, StorageFailure
@@ -40,6 +42,7 @@ class FrameKind(IntEnum):
     DONE = 5
     FAILED = 6
     READY = 7
+    QUEUE = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +56,12 @@ class Frame:
     def encode(self) -> bytes:
         """As it goes over the stream."""
         return HEADER.pack(self.job, self.kind, len(self.body)) + self.body
+
+
+class Buffered(Protocol):
+    """A blocking stream that gives all that is asked for, less only at its end."""
+
+    def read(self, size: int, /) -> bytes: ...
 
 
 class FrameParser:
@@ -69,15 +78,32 @@ class FrameParser:
         """The next whole frame, or ``None`` until there is more. Raises ``InvalidData`` for what is no frame."""
         if len(self._held) < HEADER.size:
             return None
-        job, kind, length = HEADER.unpack_from(self._held)
-        if kind not in FrameKind._value2member_map_ or length > MAX_LENGTH:
-            raise InvalidData(f"unpack stream: no frame: kind {kind}, {length} bytes")
+        job, kind, length = _checked(*HEADER.unpack_from(self._held))
         end = HEADER.size + length
         if len(self._held) < end:
             return None
         body = bytes(memoryview(self._held)[HEADER.size : end])
         del self._held[:end]
-        return Frame(job, FrameKind(kind), body)
+        return Frame(job, kind, body)
+
+
+def read_frame(stream: Buffered) -> Frame | None:
+    """The next frame of a buffered stream; blocking. ``None`` at its end, also in the middle of a frame.
+
+    Raises ``InvalidData`` for what is no frame.
+    """
+    header = stream.read(HEADER.size)
+    if len(header) < HEADER.size:
+        return None
+    job, kind, length = _checked(*HEADER.unpack(header))
+    body = stream.read(length)
+    return Frame(job, kind, body) if len(body) == length else None
+
+
+def _checked(job: int, kind: int, length: int) -> tuple[int, FrameKind, int]:
+    if kind not in FrameKind._value2member_map_ or length > MAX_LENGTH:
+        raise InvalidData(f"unpack stream: no frame: kind {kind}, {length} bytes")
+    return job, FrameKind(kind), length
 
 
 def encode_error(error: FusesnapError) -> bytes:

@@ -61,9 +61,8 @@ class UnpackProcesses:
             async with self._meanwhile.unpacking(pin, info) as here:
                 yield here
             return
-        job = process.begin()
+        job = process.begin(info)
         try:
-            await process.send(Frame(job.number, FrameKind.BEGIN, info.to_text().encode()))
             yield job
         finally:
             await process.end(job)
@@ -125,8 +124,8 @@ class _Process:
     def jobs(self) -> int:
         return len(self._jobs)
 
-    def begin(self) -> _ProcessUnpacking:
-        job = _ProcessUnpacking(next(self._numbers), self)
+    def begin(self, info: NarInfo) -> _ProcessUnpacking:
+        job = _ProcessUnpacking(next(self._numbers), self, info)
         self._jobs[job.number] = job
         return job
 
@@ -134,7 +133,7 @@ class _Process:
         """Have a NAR dropped that was not committed."""
         try:
             with trio.move_on_after(GRACE, shield=True) as patience:
-                if not job.answered:
+                if job.begun and not job.answered:
                     await self.send(Frame(job.number, FrameKind.DROP))
                     await job.landed()
             if patience.cancelled_caught:
@@ -144,12 +143,12 @@ class _Process:
         finally:
             del self._jobs[job.number]
 
-    async def send(self, frame: Frame) -> None:
+    async def send(self, *frames: Frame) -> None:
         # A frame that is cut short would garble all that follow: once begun it is sent to its end.
         async with self._sending:
             with trio.move_on_after(STALLED, shield=True) as patience:
                 try:
-                    await self._stream.send_all(frame.encode())
+                    await self._stream.send_all(b"".join(frame.encode() for frame in frames))
                 except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
                     raise UnpackerDied(f"unpack process {self.pid} is gone") from error
         if patience.cancelled_caught:
@@ -199,14 +198,20 @@ class _Process:
 
 
 class _ProcessUnpacking:
-    """A NAR in a process."""
+    """A NAR in a process. Its beginning is held back, so that a small one is there with a single message."""
 
-    def __init__(self, number: int, process: _Process) -> None:
+    def __init__(self, number: int, process: _Process, info: NarInfo) -> None:
         self.number = number
         self.answered = False
         self._process = process
+        self._held = [Frame(number, FrameKind.BEGIN, info.to_text().encode())]
         self._landed = trio.Event()
         self._error: FusesnapError | UnpackerDied | None = None
+
+    @property
+    def begun(self) -> bool:
+        """Whether the process has heard of it."""
+        return not self._held
 
     def land(self, error: FusesnapError | UnpackerDied | None) -> None:
         self._error = error
@@ -219,11 +224,20 @@ class _ProcessUnpacking:
     async def feed(self, compressed: bytes) -> None:
         if self._error is not None:
             raise self._error
-        await self._process.send(Frame(self.number, FrameKind.DATA, compressed))
+        piece = Frame(self.number, FrameKind.DATA, compressed)
+        if len(self._held) == 1:
+            self._held.append(piece)
+            await trio.lowlevel.checkpoint()
+        else:
+            await self._send(piece)
 
-    async def commit(self) -> None:
+    async def commit(self, *, together: bool = False) -> None:
         if self._error is None:
-            await self._process.send(Frame(self.number, FrameKind.COMMIT))
+            await self._send(Frame(self.number, FrameKind.QUEUE if together else FrameKind.COMMIT))
             await self._landed.wait()
         if self._error is not None:
             raise self._error
+
+    async def _send(self, frame: Frame) -> None:
+        await self._process.send(*self._held, frame)
+        self._held = []  # not before: who is cancelled before its turn has sent nothing

@@ -4,38 +4,42 @@ from __future__ import annotations
 
 import logging
 import socket
+import threading
+from io import BufferedReader
+from socket import SocketIO
 
 from fusesnap.errors import FusesnapError, InvalidData
+from fusesnap.fetch.commit_queue import CommitQueue, commit_group
 from fusesnap.fetch.unpack import Unpacker
-from fusesnap.fetch.unpack_frames import Frame, FrameKind, FrameParser, encode_error
+from fusesnap.fetch.unpack_frames import Frame, FrameKind, encode_error, read_frame
 from fusesnap.nix.narinfo import parse_narinfo
 from fusesnap.store.local_store import LocalStore, StagedPath
 
 log = logging.getLogger(__name__)
 
-RECEIVE = 1 << 20
+RECEIVE = 1 << 18
 
 
 class UnpackServer:
-    """Serves one stream until its other end is closed; then what was not committed is thrown away."""
+    """Serves one stream until its other end is closed; then what was not to be committed yet is thrown away."""
 
     def __init__(self, stream: socket.socket, store: LocalStore) -> None:
         self._stream = stream
+        self._sending = threading.Lock()
         self._store = store
+        self._queue = CommitQueue(store, self._answer)
         self._jobs: dict[int, tuple[StagedPath, Unpacker]] = {}
 
     def run(self) -> None:
         """Blocking. Raises ``OSError`` where the stream breaks, ``InvalidData`` for what is no frame."""
-        parser = FrameParser()
-        self._stream.sendall(Frame(0, FrameKind.READY).encode())
-        try:
-            while data := self._stream.recv(RECEIVE):
-                parser.receive_data(data)
-                while (frame := parser.next_frame()) is not None:
+        self._send(Frame(0, FrameKind.READY))
+        with self._queue, BufferedReader(SocketIO(self._stream, "rb"), RECEIVE) as incoming:
+            try:
+                while (frame := read_frame(incoming)) is not None:
                     self._take(frame)
-        finally:
-            for job in list(self._jobs):
-                self._drop(job)
+            finally:
+                for job in list(self._jobs):
+                    self._drop(job)
 
     def _take(self, frame: Frame) -> None:
         try:
@@ -50,14 +54,17 @@ class UnpackServer:
         if frame.kind is FrameKind.BEGIN:
             self._begin(frame)
         elif frame.job not in self._jobs:
-            return  # it has failed, and what was under way still comes
+            return  # it has failed, and what was under way still comes; or its commit will be answered
         elif frame.kind is FrameKind.DROP:
             self._drop(frame.job)
-            self._stream.sendall(Frame(frame.job, FrameKind.DONE).encode())
+            self._send(Frame(frame.job, FrameKind.DONE))
         elif frame.kind is FrameKind.DATA:
             self._jobs[frame.job][1].feed(frame.body)
         elif frame.kind is FrameKind.COMMIT:
-            self._commit(frame.job)
+            (outcome,) = commit_group(self._store, [self._finish(frame.job)])
+            self._answer(frame.job, outcome)
+        elif frame.kind is FrameKind.QUEUE:
+            self._queue.put(frame.job, self._finish(frame.job))
 
     def _begin(self, frame: Frame) -> None:
         info = parse_narinfo(frame.body, self._store.store_dir)
@@ -67,18 +74,30 @@ class UnpackServer:
         staged = self._store.stage(pin)
         self._jobs[frame.job] = (staged, Unpacker(info, staged))
 
-    def _commit(self, job: int) -> None:
-        staged, unpacker = self._jobs[job]
-        unpacker.finish()
-        staged.commit()
-        self._drop(job)
-        self._stream.sendall(Frame(job, FrameKind.DONE).encode())
+    def _finish(self, job: int) -> StagedPath:
+        """Check the whole NAR; the job is over then, and whoever commits it has the rest."""
+        self._jobs[job][1].finish()
+        return self._jobs.pop(job)[0]
+
+    def _answer(self, job: int, outcome: FusesnapError | None) -> None:
+        """Perhaps in the queue's thread."""
+        try:
+            if outcome is None:
+                self._send(Frame(job, FrameKind.DONE))
+            else:
+                self._send(Frame(job, FrameKind.FAILED, encode_error(outcome)))
+        except (BrokenPipeError, ConnectionResetError):
+            log.debug("whoever asked is gone")  # and the stream's end says so too
 
     def _fail(self, job: int, error: FusesnapError) -> None:
         self._drop(job)
-        self._stream.sendall(Frame(job, FrameKind.FAILED, encode_error(error)).encode())
+        self._answer(job, error)
 
     def _drop(self, job: int) -> None:
         dropped = self._jobs.pop(job, None)
         if dropped is not None:
             dropped[0].__exit__(None, None, None)
+
+    def _send(self, frame: Frame) -> None:
+        with self._sending:
+            self._stream.sendall(frame.encode())

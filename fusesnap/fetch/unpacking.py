@@ -28,8 +28,11 @@ class Unpacking(Protocol):
         """Take the next bytes. Raises what makes the rest pointless, perhaps only at a later call."""
         ...
 
-    async def commit(self) -> None:
-        """Check the whole and commit it. Raises ``InvalidData``, ``ContentMismatch``, ``StorageFailure``."""
+    async def commit(self, *, together: bool = False) -> None:
+        """Check the whole and commit it, at once or, when nobody waits for it, ``together`` with others.
+
+        Raises ``InvalidData``, ``ContentMismatch``, ``StorageFailure``.
+        """
         ...
 
 
@@ -66,6 +69,6 @@ class _ThreadUnpacking:
     async def feed(self, compressed: bytes) -> None:
         await trio.to_thread.run_sync(self._unpacker.feed, compressed)
 
-    async def commit(self) -> None:
+    async def commit(self, *, together: bool = False) -> None:
         await trio.to_thread.run_sync(self._unpacker.finish)
         await trio.to_thread.run_sync(self._staged.commit)

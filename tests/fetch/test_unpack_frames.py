@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from io import BytesIO
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -16,6 +18,7 @@ from fusesnap.fetch.unpack_frames import (
     FrameParser,
     decode_error,
     encode_error,
+    read_frame,
 )
 
 FRAMES = st.builds(
@@ -35,8 +38,23 @@ def test_frames_survive_any_cut(frames: list[Frame], cut: int) -> None:
     assert found == frames
 
 
+@given(frames=st.lists(FRAMES, max_size=4), missing=st.integers(0, 400))
+def test_they_are_read_from_a_stream_to_its_end(frames: list[Frame], missing: int) -> None:
+    data = b"".join(frame.encode() for frame in frames)
+    stream = BytesIO(data[: max(0, len(data) - missing)])
+    found = []
+    while (frame := read_frame(stream)) is not None:
+        found.append(frame)
+    assert found == frames[: len(found)]
+    left = b"".join(frame.encode() for frame in frames[len(found) :])
+    assert len(left) <= missing + (HEADER.size + 300) * (missing > 0)
+    assert missing or found == frames
+
+
 @pytest.mark.parametrize("header", [HEADER.pack(1, 99, 0), HEADER.pack(1, 2, MAX_LENGTH + 1)])
 def test_what_is_no_frame_is_refused(header: bytes) -> None:
+    with pytest.raises(InvalidData, match="no frame"):
+        read_frame(BytesIO(header))
     parser = FrameParser()
     parser.receive_data(header)
     with pytest.raises(InvalidData, match="no frame"):

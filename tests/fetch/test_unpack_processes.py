@@ -10,6 +10,7 @@ import pytest
 import trio
 import trio.testing
 
+from fusesnap.errors import ContentMismatch
 from fusesnap.fetch.unpack_processes import GRACE, STALLED, UnpackProcesses
 from fusesnap.fetch.unpacking import ThreadUnpackers, UnpackerDied
 from fusesnap.store.local_store import LocalStore
@@ -45,6 +46,62 @@ async def test_many_nars_share_a_process(store: LocalStore, nursery: trio.Nurser
             jobs.start_soon(unpack, number)
     assert all(store.is_committed(each.path) for each in samples)
     assert len(unpackers.pids()) == 1
+
+
+async def test_what_nobody_waits_for_is_committed_together(
+    store: LocalStore, nursery: trio.Nursery
+) -> None:
+    """One that cannot be committed fails alone."""
+    unpackers = await processes(store, nursery)
+    samples = [sample(f"path-{number}") for number in range(6)]
+    bad = samples[3].but(nar_hash=samples[4].info.nar_hash)
+    pins = store.pins([each.info for each in [*samples[:3], bad, *samples[4:]]])
+    failed: list[str] = []
+
+    async def unpack(number: int) -> None:
+        async with unpackers.unpacking(pins[number], pins[number].info) as unpacking:
+            await unpacking.feed(samples[number].file)
+            try:
+                await unpacking.commit(together=True)
+            except ContentMismatch as error:
+                failed.append(str(error))
+
+    async with trio.open_nursery() as jobs:
+        for number in range(len(samples)):
+            jobs.start_soon(unpack, number)
+    assert len(failed) == 1
+    assert "its NAR hashes to" in failed[0]
+    good = [each.path for each in samples if each is not samples[3]]
+    assert store.committed_among([each.path for each in samples]) == set(good)
+    assert store.counts().valid == 5
+    assert list((store.layer.parent / "staging").iterdir()) == []
+
+
+async def test_what_was_never_begun_need_not_be_dropped(
+    store: LocalStore, nursery: trio.Nursery, mock_clock: trio.testing.MockClock
+) -> None:
+    """It is given up while it waits for its turn to send."""
+    unpackers = await processes(store, nursery)
+    (process,) = unpackers._slots
+    assert process is not None
+    hello = sample("hello")
+    pin = store.pin(hello.info)
+    given_up = trio.CancelScope()
+
+    async def unpack() -> None:
+        with given_up:
+            async with unpackers.unpacking(pin, hello.info) as unpacking:
+                await unpacking.feed(hello.file)
+                await unpacking.commit()
+
+    async with trio.open_nursery() as waiting, process._sending:
+        waiting.start_soon(unpack)
+        await trio.testing.wait_all_tasks_blocked()
+        given_up.cancel()
+        await trio.testing.wait_all_tasks_blocked()
+    assert process.alive
+    assert process.jobs == 0
+    assert not store.is_committed(hello.path)
 
 
 async def test_what_is_given_up_leaves_nothing(store: LocalStore, nursery: trio.Nursery) -> None:

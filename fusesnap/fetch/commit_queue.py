@@ -1,0 +1,87 @@
+"""Commits what is verified, in a thread: what comes while the disk is waited for is committed together next.
+
+So nothing ever waits for a group to become large: it is as large as what came meanwhile.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Sequence
+from types import TracebackType
+from typing import Final, Self
+
+from fusesnap.errors import FusesnapError
+from fusesnap.store.local_store import LocalStore, StagedPath
+
+log = logging.getLogger(__name__)
+
+# Each path of a group has a lock file open; beyond some dozens nothing is gained.
+MOST_TOGETHER: Final = 64
+
+Answer = Callable[[int, FusesnapError | None], None]
+
+
+class CommitQueue:
+    """Takes staged paths, each with a number, and tells ``answer``, in its thread, how their commits ended.
+
+    A context manager: what was put in is committed before it is left.
+    """
+
+    def __init__(self, store: LocalStore, answer: Answer) -> None:
+        self._store = store
+        self._answer = answer
+        self._waiting: list[tuple[int, StagedPath]] = []
+        self._closed = False
+        self._changed = threading.Condition()
+        self._thread = threading.Thread(target=self._work, name="commit")
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
+        self._thread.join()
+
+    def put(self, number: int, staged: StagedPath) -> None:
+        """Have a path committed that is verified, and removed from staging."""
+        with self._changed:
+            self._waiting.append((number, staged))
+            self._changed.notify()
+
+    def _work(self) -> None:
+        while group := self._next_group():
+            outcomes = commit_group(self._store, [staged for _, staged in group])
+            for (number, _), outcome in zip(group, outcomes, strict=True):
+                self._answer(number, outcome)
+
+    def _next_group(self) -> list[tuple[int, StagedPath]]:
+        """What waits by now; nothing at the end."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._waiting or self._closed)
+            group, self._waiting = (
+                self._waiting[:MOST_TOGETHER],
+                self._waiting[MOST_TOGETHER:],
+            )
+        return group
+
+
+def commit_group(store: LocalStore, staged: Sequence[StagedPath]) -> list[FusesnapError | None]:
+    """Commit paths and leave their staging directories; return for each why it is not committed, if it is not."""
+    try:
+        return store.commit(staged)
+    except Exception as error:
+        log.exception("committing failed in a way that it should not")
+        unexpected = FusesnapError(f"unexpected {type(error).__name__}: {error}")
+        return [unexpected] * len(staged)
+    finally:
+        for path in staged:
+            path.__exit__(None, None, None)

@@ -1,0 +1,90 @@
+"""What comes while a commit is under way is committed together next."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+
+from fusesnap.errors import FusesnapError
+from fusesnap.fetch.commit_queue import MOST_TOGETHER, CommitQueue
+from fusesnap.fetch.unpack import Unpacker
+from fusesnap.store.local_store import LocalStore, StagedPath
+
+from ..substituter.samples import sample
+
+Stage = Callable[[str], StagedPath]
+Outcomes = dict[int, FusesnapError | None]
+
+
+@pytest.fixture
+def stage(store: LocalStore) -> Stage:
+    """Unpack a path; whoever commits it leaves it."""
+
+    def make(name: str) -> StagedPath:
+        each = sample(name)
+        staged = store.stage(store.pin(each.info))
+        unpacker = Unpacker(each.info, staged)
+        unpacker.feed(each.file)
+        unpacker.finish()
+        return staged
+
+    return make
+
+
+class SlowStore:
+    """Lets a test say when the first commit goes on, and sees what is committed together."""
+
+    def __init__(self, store: LocalStore, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.groups: list[int] = []
+        self.begun, self.go_on = threading.Event(), threading.Event()
+        commit = store.commit
+
+        def slowly(staged: Sequence[StagedPath]) -> list[FusesnapError | None]:
+            self.groups.append(len(staged))
+            self.begun.set()
+            assert self.go_on.wait(30)
+            return commit(staged)
+
+        monkeypatch.setattr(store, "commit", slowly)
+
+
+def staging(store: LocalStore) -> list[Path]:
+    return list((store.layer.parent / "staging").iterdir())
+
+
+def test_a_group_is_what_came_meanwhile(
+    store: LocalStore, stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow, outcomes = SlowStore(store, monkeypatch), Outcomes()
+    staged = [stage(f"path-{number}") for number in range(MOST_TOGETHER + 3)]
+    with CommitQueue(store, outcomes.__setitem__) as queue:
+        queue.put(0, staged[0])
+        assert slow.begun.wait(30)
+        for number, path in enumerate(staged[1:], 1):
+            queue.put(number, path)
+        slow.go_on.set()
+    assert slow.groups == [1, MOST_TOGETHER, 2]
+    assert outcomes == dict.fromkeys(range(len(staged)))
+    assert store.counts().valid == len(staged)
+    assert staging(store) == []
+
+
+def test_what_should_not_happen_is_told_to_all_of_the_group(
+    store: LocalStore,
+    stage: Stage,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def fail(staged: Sequence[StagedPath]) -> list[FusesnapError | None]:
+        raise ZeroDivisionError("mine")
+
+    monkeypatch.setattr(store, "commit", fail)
+    outcomes = Outcomes()
+    with CommitQueue(store, outcomes.__setitem__) as queue:
+        queue.put(7, stage("a"))
+    assert str(outcomes[7]) == "unexpected ZeroDivisionError: mine"
+    assert "committing failed in a way that it should not" in caplog.text
+    assert staging(store) == []
