@@ -70,7 +70,7 @@ Serve the directory with any web server that answers Range requests. Interrupted
 @click.option(
     "--chunk-size",
     type=click.IntRange(16, 512),
-    default=128,
+    default=64,
     show_default=True,
     metavar="KIB",
     help="How much of a NAR is compressed, and so fetched, at a time.",

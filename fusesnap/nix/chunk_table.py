@@ -16,8 +16,8 @@ from fusesnap.errors import ContentMismatch, InvalidData
 from fusesnap.nix.hash_parts import Occurrence, blanked
 
 DIGEST_SIZE: Final = hashlib.sha256().digest_size
-# A chunk is held in memory whole, twice, before anything of it is used. `fusesnap publish` makes chunks of a quarter of
-# this.
+# A chunk is held in memory whole, twice, before anything of it is used. `fusesnap publish` makes chunks of at most half
+# of this.
 MAX_CHUNK_SIZE: Final = 1024 * 1024
 # What zstd cannot compress it stores, with 3 bytes a block of 128 KiB and 18 around the frame (RFC 8878, 3.1.1).
 MAX_CHUNK_FILE_SIZE: Final = MAX_CHUNK_SIZE + 1024

@@ -23,7 +23,7 @@ from fusesnap.nix.nar import (
 from fusesnap.nix.tree import Tree, TreeBuilder
 
 # docs/architecture.md, "How large a chunk is", has the measurements.
-DEFAULT_CHUNK_SIZE: Final = 128 * 1024
+DEFAULT_CHUNK_SIZE: Final = 64 * 1024
 
 
 class _Cuts:
