@@ -85,3 +85,20 @@ class Substituter(Protocol):
         ``retries`` is asked before every request, and whether to go on after one that failed, by
         those that can go on; without it they have their own.
         """
+
+    def part(
+        self, info: NarInfo, start: int, end: int
+    ) -> AbstractAsyncContextManager[AsyncIterator[bytes]]:
+        """Read the bytes from ``start`` up to ``end`` of the file that ``info`` names.
+
+        Like :meth:`nar`; the iterator gives exactly so many bytes or raises, also :class:`~.retry.PartsUnsupported`
+        where the cache can only send the whole file. It may be another file by now: whoever reads knows what the part
+        must hash to.
+        """
+
+    async def small_file(self, name: str, limit: int) -> bytes:
+        """Read a file whole that a narinfo names beside the NAR.
+
+        ``name`` is relative to the cache, or absolute. Raises PathNotFound, Unavailable, and InvalidData where the
+        file has more than ``limit`` bytes.
+        """

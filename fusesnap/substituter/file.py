@@ -73,6 +73,31 @@ class FileSubstituter:
         async with aclosing(self._file(info)) as pieces:
             yield pieces
 
+    @asynccontextmanager
+    async def part(
+        self, info: NarInfo, start: int, end: int
+    ) -> AsyncGenerator[AsyncIterator[bytes]]:
+        async with aclosing(self._part(info.url, start, end)) as pieces:
+            yield pieces
+
+    async def small_file(self, name: str, limit: int) -> bytes:
+        return await self._small_file(name, limit)
+
+    async def _part(self, name: str, start: int, end: int) -> AsyncGenerator[bytes]:
+        where = f"{self.url}: {name}"
+        try:
+            with await self._open_nar(name) as file:
+                while start < end:
+                    piece = await trio.to_thread.run_sync(
+                        os.pread, file.fileno(), min(end - start, _PIECE), start
+                    )
+                    if not piece:
+                        raise Refusal(f"{where}: ends at byte {start}, expected {end}")
+                    start += len(piece)
+                    yield piece
+        except OSError as error:
+            raise self._translate(where, error) from error
+
     async def _small_file(self, name: str, limit: int) -> bytes:
         return await trio.to_thread.run_sync(self._read_small, name, limit)
 

@@ -25,6 +25,7 @@ from fusesnap.substituter.answers import (
 from fusesnap.substituter.base import CACHE_INFO_NAME, DEFAULT_STORE_DIR
 from fusesnap.substituter.body import disregard, pieces_of, read_body
 from fusesnap.substituter.credentials import Secrets
+from fusesnap.substituter.part import PartTransfer
 from fusesnap.substituter.retry import DEFAULT_RETRIES, Refusal, Retries, RetryPolicy
 from fusesnap.substituter.transfer import Transfer
 from fusesnap.substituter.transport import status_error, translated
@@ -123,8 +124,22 @@ class HttpSubstituter:
     async def nar(
         self, info: NarInfo, retries: Retries | None = None
     ) -> AsyncGenerator[AsyncIterator[bytes]]:
-        async with aclosing(self._file(info, retries or self._retry.start())) as pieces:
+        where = f"{self.url}: {info.url}"
+        reading = self._file(info, Transfer(where, info), retries or self._retry.start())
+        async with aclosing(reading) as pieces:
             yield pieces
+
+    @asynccontextmanager
+    async def part(
+        self, info: NarInfo, start: int, end: int
+    ) -> AsyncGenerator[AsyncIterator[bytes]]:
+        where = f"{self.url}: {info.url}"
+        reading = self._file(info, PartTransfer(where, info, start, end), self._retry.start())
+        async with aclosing(reading) as pieces:
+            yield pieces
+
+    async def small_file(self, name: str, limit: int) -> bytes:
+        return await self._small_file(name, limit, forbidden=True)
 
     async def _small_file(self, name: str, limit: int, *, forbidden: bool) -> bytes:
         """Read a file whole; raises InvalidData where it has more than ``limit`` bytes."""
@@ -151,10 +166,11 @@ class HttpSubstituter:
                 raise error
             return await read_body(f"{self.url}: {name}", response, limit)
 
-    async def _file(self, info: NarInfo, retries: Retries) -> AsyncGenerator[bytes]:
-        """Give the file's pieces, over as many responses as it takes."""
+    async def _file(
+        self, info: NarInfo, transfer: Transfer | PartTransfer, retries: Retries
+    ) -> AsyncGenerator[bytes]:
+        """Give the pieces of a file or of a part, over as many responses as it takes."""
         where = f"{self.url}: {info.url}"
-        transfer = Transfer(where, info)
         while not transfer.ended:
             await retries.begin()
             try:
@@ -166,7 +182,7 @@ class HttpSubstituter:
                 await _pause(error, transfer, retries)
 
     async def _one_response(
-        self, where: str, info: NarInfo, transfer: Transfer
+        self, where: str, info: NarInfo, transfer: Transfer | PartTransfer
     ) -> AsyncGenerator[bytes]:
         """Send one request for what is missing and give what comes of it."""
         with translated(where, self._timeouts.stall):
@@ -181,7 +197,9 @@ class HttpSubstituter:
         finally:
             await response.aclose()
 
-    async def _open_transfer(self, url: httpx.URL, transfer: Transfer) -> httpx.Response:
+    async def _open_transfer(
+        self, url: httpx.URL, transfer: Transfer | PartTransfer
+    ) -> httpx.Response:
         with trio.fail_after(self._timeouts.connect + self._timeouts.stall):
             return await self._send(self._transfers, url, transfer.request_headers())
 
@@ -259,7 +277,7 @@ class HttpSubstituter:
             self._lookups.total_tokens = _LOOKUPS_HTTP2
 
 
-async def _pause(error: Unavailable, transfer: Transfer, retries: Retries) -> None:
+async def _pause(error: Unavailable, transfer: Transfer | PartTransfer, retries: Retries) -> None:
     """Wait before a transfer that failed goes on; raise ``error`` if it cannot."""
     if transfer.ended:
         return

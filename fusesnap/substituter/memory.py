@@ -22,7 +22,7 @@ from fusesnap.substituter.answers import (
     read_narinfo,
 )
 from fusesnap.substituter.base import CACHE_INFO_NAME, DEFAULT_STORE_DIR
-from fusesnap.substituter.retry import Retries
+from fusesnap.substituter.retry import PartsUnsupported, Refusal, Retries
 
 _PIECE: Final = 64 * 1024
 
@@ -42,7 +42,8 @@ class MemorySubstituter:
     """The twin of the real caches: the same answers from a dictionary of files.
 
     ``files`` maps a name within the cache to its bytes and may be changed at any time. ``requests``
-    holds the names that were asked for, in order. Every answer takes ``delay`` seconds.
+    holds the names that were asked for, in order, ``parts`` those of which a part was asked for, and
+    which one; none is given unless it ``sends_parts``. Every answer takes ``delay`` seconds.
     """
 
     def __init__(
@@ -56,6 +57,8 @@ class MemorySubstituter:
     ) -> None:
         self.files: dict[str, bytes] = dict(files or {})
         self.requests: list[str] = []
+        self.parts: list[tuple[str, int, int]] = []
+        self.sends_parts = True
         self._url = url
         self._store_dir = store_dir
         self._priority = priority
@@ -96,6 +99,31 @@ class MemorySubstituter:
     ) -> AsyncGenerator[AsyncIterator[bytes]]:
         async with aclosing(self._file(info)) as pieces:
             yield pieces
+
+    @asynccontextmanager
+    async def part(
+        self, info: NarInfo, start: int, end: int
+    ) -> AsyncGenerator[AsyncIterator[bytes]]:
+        async with aclosing(self._part(info.url, start, end)) as pieces:
+            yield pieces
+
+    async def small_file(self, name: str, limit: int) -> bytes:
+        return await self._small_file(name, limit)
+
+    async def _part(self, name: str, start: int, end: int) -> AsyncGenerator[bytes]:
+        self.parts.append((name, start, end))
+        where = f"{self.url}: {name}"
+        if not self.sends_parts:
+            raise PartsUnsupported(f"{where}: this cache sends files whole")
+        position = 0
+        async with aclosing(self._read(name, where)) as pieces:
+            async for piece in pieces:
+                wanted = piece[max(0, start - position) : max(0, end - position)]
+                position += len(piece)
+                if wanted:
+                    yield wanted
+        if position < end:
+            raise Refusal(f"{where}: ends at byte {position}, expected {end}")
 
     async def _small_file(self, name: str, limit: int) -> bytes:
         data = b"".join([piece async for piece in self._read(name, self.url)])

@@ -77,6 +77,12 @@ class Gate(Protocol):
     ) -> AbstractAsyncContextManager[AsyncIterator[bytes]]:
         """The file's pieces, without any judgement of how they come."""
 
+    def part(
+        self, info: NarInfo, start: int, end: int
+    ) -> AbstractAsyncContextManager[AsyncIterator[bytes]]: ...
+
+    async def small_file(self, name: str, limit: int) -> bytes: ...
+
     def check_silence(self) -> None:
         """Raise :class:`Throttled` where it is left alone."""
 
@@ -279,6 +285,15 @@ class PatientSubstituter:
         finally:
             self._traffic.transfers -= 1
             patient.end()
+
+    def part(
+        self, info: NarInfo, start: int, end: int
+    ) -> AbstractAsyncContextManager[AsyncIterator[bytes]]:
+        """As the protocol says. A part is small: patience with it is that of a request."""
+        return self._gate.part(info, start, end)
+
+    async def small_file(self, name: str, limit: int) -> bytes:
+        return await self._gate.small_file(name, limit)
 
     async def _judged(
         self, info: NarInfo, pieces: AsyncIterator[bytes], patient: PatientRetries

@@ -24,6 +24,10 @@ class Refusal(Unavailable):
     """
 
 
+class PartsUnsupported(Refusal):
+    """The cache sends this file whole or not at all. It has it, and is as good a cache as any other."""
+
+
 class Throttled(Unavailable):
     """The cache said when to come back. ``retry_after`` is in seconds from when it said so."""
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import AbstractAsyncContextManager, contextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
+from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -23,7 +23,7 @@ from fusesnap.substituter.answers import MISSING_CACHE_INFO
 from fusesnap.substituter.base import DEFAULT_PRIORITY, Substituter
 from fusesnap.substituter.breaker import DEFAULT_BREAKER, Breaker, BreakerPolicy, BreakerState
 from fusesnap.substituter.narinfo_cache import NarInfoCache
-from fusesnap.substituter.retry import Refusal, Retries, Throttled, may_mend
+from fusesnap.substituter.retry import PartsUnsupported, Refusal, Retries, Throttled, may_mend
 
 # Seconds for which a failure puts a cache last; Nix disables it for as long.
 FAILURE_MEMORY: Final = 60.0
@@ -189,6 +189,28 @@ class WatchedSubstituter:
         """The NAR, without learning from how it goes: who reads it tells that."""
         return self._substituter.nar(info, retries)
 
+    @asynccontextmanager
+    async def part(
+        self, info: NarInfo, start: int, end: int
+    ) -> AsyncGenerator[AsyncIterator[bytes]]:
+        self.check_silence()
+        with self._noting():
+            async with (
+                self._substituter.part(info, start, end) as pieces,
+                aclosing(self._counted(pieces)) as counted,
+            ):
+                yield counted
+
+    async def _counted(self, pieces: AsyncIterator[bytes]) -> AsyncGenerator[bytes]:
+        async for piece in pieces:
+            self.note_piece(len(piece))
+            yield piece
+
+    async def small_file(self, name: str, limit: int) -> bytes:
+        self.check_silence()
+        with self._noting():
+            return await self._substituter.small_file(name, limit)
+
     def begin(self) -> bool:
         """A request for a NAR goes. Returns whether it is the one that tries how the cache is."""
         return self._breaker.begin()
@@ -249,6 +271,9 @@ class WatchedSubstituter:
         trying = self._breaker.begin()
         try:
             yield
+        except PartsUnsupported:
+            self._note_success()
+            raise
         except (Unavailable, InvalidData) as error:
             self.note_failure(error)
             raise

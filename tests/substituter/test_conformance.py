@@ -22,7 +22,7 @@ from fusesnap.substituter.client import make_client
 from fusesnap.substituter.file import FileSubstituter
 from fusesnap.substituter.http import HttpSubstituter
 from fusesnap.substituter.memory import MemorySubstituter
-from fusesnap.substituter.retry import RetryPolicy
+from fusesnap.substituter.retry import Refusal, RetryPolicy
 from tests.substituter.conftest import Nginx
 from tests.substituter.samples import CACHE_INFO, COMPRESSORS, Sample, sample
 
@@ -272,3 +272,51 @@ async def test_many_at_once(world: World) -> None:
 
 async def test_url_has_no_slash_at_its_end(world: World) -> None:
     assert not world.substituter.url.endswith("/")
+
+
+async def part(world: World, info: NarInfo, start: int, end: int) -> bytes:
+    async with world.substituter.part(info, start, end) as pieces:
+        return b"".join([piece async for piece in pieces])
+
+
+@pytest.mark.parametrize(("start", "end"), [(0, 1), (1000, 200_000), (299_999, 300_000)])
+async def test_part_of_a_file(world: World, start: int, end: int) -> None:
+    published = world.publish(sample(size=300_000))
+    assert await part(world, published.info, start, end) == published.file[start:end]
+
+
+async def test_part_that_is_the_whole_file(world: World) -> None:
+    published = world.publish(sample())
+    assert await part(world, published.info, 0, len(published.file)) == published.file
+
+
+async def test_part_beyond_the_end(world: World) -> None:
+    published = world.publish(sample())
+    size = len(published.file)
+    await failure(lambda: part(world, published.info, size - 5, size + 5), Refusal, world)
+
+
+async def test_part_of_a_file_that_is_gone(world: World) -> None:
+    await failure(lambda: part(world, sample().info, 0, 10), PathNotFound, world)
+
+
+async def test_part_that_is_given_up_in_its_middle(world: World) -> None:
+    published = world.publish(sample(size=300_000))
+    async with world.substituter.part(published.info, 0, 290_000) as pieces:
+        first = await anext(aiter(pieces))
+    assert published.file.startswith(first)
+    assert await part(world, published.info, 5, 10) == published.file[5:10]
+
+
+async def test_small_file(world: World) -> None:
+    world.put("nar/x.narindex", b"index")
+    assert await world.substituter.small_file("nar/x.narindex", 5) == b"index"
+
+
+async def test_small_file_that_is_large(world: World) -> None:
+    world.put("nar/x.narindex", b"index!")
+    await failure(lambda: world.substituter.small_file("nar/x.narindex", 5), InvalidData, world)
+
+
+async def test_small_file_that_is_not_there(world: World) -> None:
+    await failure(lambda: world.substituter.small_file("nar/none", 5), PathNotFound, world)
