@@ -24,6 +24,7 @@ from testbed.nix_store import NixStore
 from testbed.registry import Registry, registry
 from testbed.workplace import default_work, run_directory
 
+from benchmarks.charts import Group, bar_chart, sides_of
 from benchmarks.coldstart_sides import Eager, Fusesnap, Ordinary, Scene, Side, Started, Warm, start
 from benchmarks.coldstart_workloads import WORKLOADS, Built, Workload
 from benchmarks.touched_pages import PAGE, Touched, touched
@@ -71,6 +72,16 @@ class Result:
         return {
             each.rounding: self.profile.seconds(each.compressed) + warm for each in self.touched
         }
+
+    def as_group(self) -> Group:
+        """For a chart; the part that is no fetching is in the limit."""
+        starts = {
+            side: [each.seconds for each in starts]
+            for side, starts in self.starts.items()
+            if side != Warm.name
+        }
+        medians = {side: self.median(side) for side in starts}
+        return Group(self.workload, sides_of(starts, medians, "fusesnap"), self.limits()[ROUNDING])
 
     def as_json(self) -> dict[str, Any]:
         """Everything, in seconds and bytes."""
@@ -217,6 +228,22 @@ def machine() -> dict[str, str]:
     }
 
 
+def write_charts(results: Sequence[Result], directory: Path) -> None:
+    """A chart for each link."""
+    directory.mkdir(parents=True, exist_ok=True)
+    rounds = min(len(starts) for result in results for starts in result.starts.values())
+    where = ", ".join(f"{key} {value}" for key, value in machine().items())
+    for profile in dict.fromkeys(result.profile for result in results):
+        groups = [result.as_group() for result in results if result.profile == profile]
+        title = (
+            f"From nothing to the first output, {profile.rate / 1e6:g} Mbit/s,"
+            f" {profile.round_trip * 1e3:g} ms round trip"
+        )
+        footer = f"Medians of {rounds}, line: least and most; dashed: the least possible. {where}"
+        chart = bar_chart(title, groups, footer)
+        (directory / f"coldstart-{profile.name}.svg").write_text(chart)
+
+
 def main() -> int:
     """Measure, print; returns the exit status."""
     given = _arguments()
@@ -233,6 +260,8 @@ def main() -> int:
             for profile in given.profile or ["20"]:
                 link = Profile(profile, *PROFILES[profile])
                 results.append(measure(ready, link, key, images, directory, chosen, given.rounds))
+    if given.charts:
+        write_charts(results, given.charts)
     if given.json:
         print(json.dumps({"machine": machine(), "results": [each.as_json() for each in results]}))
     else:
@@ -251,6 +280,7 @@ def _arguments() -> argparse.Namespace:
     add("--profile", action="append", choices=list(PROFILES), help="Mbit/s; default 20")
     add("--side", action="append", metavar="TEXT", help="only sides whose name has TEXT")
     add("--json", action="store_true", help="print JSON, in seconds and bytes")
+    add("--charts", type=Path, metavar="DIR", help="write an SVG chart for each link into DIR")
     add("--work", type=Path, default=default_work(), help=argparse.SUPPRESS)
     return parser.parse_args()
 
