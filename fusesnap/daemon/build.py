@@ -33,12 +33,16 @@ from fusesnap.substituter.client import make_client, open_substituter, tls_conte
 from fusesnap.substituter.credentials import Secrets
 from fusesnap.substituter.http import Timeouts
 from fusesnap.substituter.narinfo_cache import NarInfoCache
-from fusesnap.substituter.patience import Patience
+from fusesnap.substituter.patience import WINDOW, Patience
 from fusesnap.substituter.pool import SubstituterPool
 from fusesnap.substituter.retry import RetryPolicy
 
 # Few connections are cheaper than many: 2,400 narinfos cost 2.4 s of CPU over 16, 6.6 s over 64.
 LOOKUP_CONNECTIONS = 16
+# A transfer is given up a little before its readers give up: then they are told why.
+BEFORE_READERS = 0.9
+# Seconds over which the pace of a transfer is judged.
+PACE_WINDOW = WINDOW
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,7 +168,9 @@ async def open_pool(
         narinfo_cache=cache,
         retry=RetryPolicy(),
         deadline=settings.fetch.lookup_timeout,
-        patience=Patience(settings.fetch.stall_timeout, settings.fetch.min_rate),
+        patience=Patience(
+            settings.fetch.stall_timeout * BEFORE_READERS, settings.fetch.min_rate, PACE_WINDOW
+        ),
     )
 
 

@@ -31,7 +31,7 @@ class PartsUnsupported(Refusal):
 class Throttled(Unavailable):
     """The cache said when to come back. ``retry_after`` is in seconds from when it said so."""
 
-    def __init__(self, message: str, retry_after: float) -> None:
+    def __init__(self, message: str, retry_after: float = 0.0) -> None:
         super().__init__(message)
         self.retry_after = retry_after
 

@@ -20,6 +20,7 @@ from testbed.slow_link import Link, SlowLink, Traffic
 
 HOST = "127.0.0.1"
 READY = "ready "
+WEATHER = ("silence", "cut", "mend")  # methods of SlowLink
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,18 +76,22 @@ async def _listening(path: Path) -> AsyncIterator[trio.SocketListener]:
 
 
 async def _tell(slow: SlowLink, asker: trio.SocketStream) -> None:
-    """Answer a connection to the control socket with the traffic so far, as JSON."""
-    traffic = {name: asdict(each) for name, each in slow.traffic.items()}
+    """Do what a connection to the control socket says in a word, and answer with the traffic so far, as JSON."""
     async with asker:
         with contextlib.suppress(trio.BrokenResourceError):
+            word = bytes(await asker.receive_some(64)).decode().strip()
+            if word in WEATHER:
+                getattr(slow, word)()
+            traffic = {name: asdict(each) for name, each in slow.traffic.items()}
             await asker.send_all(json.dumps(traffic).encode() + b"\n")
 
 
-def ask(control: Path) -> dict[str, Traffic]:
-    """What crossed each forward of a running link so far."""
+def ask(control: Path, word: str = "stats") -> dict[str, Traffic]:
+    """What crossed each forward of a running link so far; before, ``word`` of WEATHER is done."""
     with socket.socket(socket.AF_UNIX) as link:
         link.settimeout(10)
         link.connect(str(control))
+        link.sendall(word.encode() + b"\n")
         with link.makefile("rb") as answer:
             return {name: Traffic(**each) for name, each in json.loads(answer.read()).items()}
 
@@ -108,6 +113,18 @@ class RunningLink:
     def traffic(self) -> dict[str, Traffic]:
         """What crossed so far, by target; ``down`` is what clients were given."""
         return ask(self._control)
+
+    def silence(self) -> None:
+        """See ``SlowLink``."""
+        ask(self._control, "silence")
+
+    def cut(self) -> None:
+        """See ``SlowLink``."""
+        ask(self._control, "cut")
+
+    def mend(self) -> None:
+        """See ``SlowLink``."""
+        ask(self._control, "mend")
 
     def down(self) -> int:
         """Bytes that clients were given over the link so far, from all targets together."""
@@ -136,11 +153,16 @@ def slow_link(
 def main() -> None:
     """The command line."""
     arguments = _parser().parse_args()
-    if arguments.command == "stats":
-        for name, traffic in ask(arguments.control).items():
+    if arguments.command in ("stats", *WEATHER):
+        for name, traffic in ask(arguments.control, arguments.command).items():
             print(json.dumps({"name": name, **asdict(traffic)}))
     else:
-        link = Link(arguments.rate * 1e6, arguments.round_trip / 1e3)
+        link = Link(
+            arguments.rate * 1e6,
+            arguments.round_trip / 1e3,
+            reset=arguments.reset / 100,
+            seed=arguments.seed,
+        )
         trio.run(serve, link, arguments.forward, arguments.control)
 
 
@@ -165,11 +187,26 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument(
         "--round-trip", type=float, default=80, metavar="MS", help="round trip in ms (default 80)"
     )
+    run.add_argument(
+        "--reset",
+        type=float,
+        default=0,
+        metavar="PERCENT",
+        help="share of connections that are reset (default 0)",
+    )
+    run.add_argument("--seed", type=int, default=1, help="makes the same ones be chosen again")
     run.add_argument("--control", type=Path, metavar="SOCKET", help="where 'stats' can ask")
     stats = commands.add_parser(
         "stats", help="print what crossed each forward, a JSON object a line"
     )
     stats.add_argument("control", type=Path, metavar="SOCKET")
+    for word, help_ in (
+        ("silence", "let nothing cross from now on, and tell nobody"),
+        ("cut", "reset every connection from now on"),
+        ("mend", "let everything cross again"),
+    ):
+        weather = commands.add_parser(word, help=help_)
+        weather.add_argument("control", type=Path, metavar="SOCKET")
     return parser
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import trio
 import trio.testing
@@ -137,3 +139,84 @@ async def test_what_a_client_that_left_had_asked_for_stops_crossing(
         await ours.receive_some()
         await ours.aclose()
     assert slow.traffic["cache"].down <= 2 * CHUNK
+
+
+async def test_a_silent_link_loses_nothing_and_a_cut_one_breaks_what_crosses(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    slow = SlowLink(TWENTY)
+    lengths: list[int] = []
+
+    async def one() -> None:
+        ours, relay_client = trio.testing.memory_stream_pair()
+        relay_server, theirs = trio.testing.memory_stream_pair()
+
+        async def connect() -> trio.abc.HalfCloseableStream:
+            return relay_server
+
+        async def serve() -> None:
+            try:
+                await theirs.send_all(bytes(2_500_000))
+                await theirs.send_eof()
+            except trio.BrokenResourceError:
+                return
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(slow.relay, "cache", relay_client, connect)
+            nursery.start_soon(serve)
+            taken = 0
+            while data := await ours.receive_some():
+                taken += len(data)
+            lengths.append(taken)
+            await ours.aclose()
+
+    async def at(seconds: float, change: Callable[[], None]) -> None:
+        await trio.sleep(seconds)
+        change()
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(at, 0.5, slow.silence)
+        nursery.start_soon(at, 60, slow.mend)
+        await one()
+    assert (lengths, slow.traffic["cache"].resets) == ([2_500_000], 0)
+    assert trio.current_time() > 60
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(at, 0.5, slow.cut)
+        await one()
+        await one()
+        slow.mend()
+        await one()
+    assert 0 < lengths[1] < 2_500_000
+    assert lengths[2:] == [0, 2_500_000]
+    assert slow.traffic["cache"].resets == 2
+
+
+async def test_of_many_connections_a_share_is_reset_early_and_the_same_each_time(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    counts = []
+    for _ in range(2):
+        slow = SlowLink(Link(rate=1e9, round_trip=0.001, reset=0.05, seed=3))
+        whole = 0
+        for _ in range(200):
+            ours, relay_client = trio.testing.memory_stream_pair()
+            relay_server, theirs = trio.testing.memory_stream_pair()
+
+            async def connect(
+                server: trio.abc.HalfCloseableStream = relay_server,
+            ) -> trio.abc.HalfCloseableStream:
+                return server
+
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(slow.relay, "cache", relay_client, connect)
+                await theirs.send_all(bytes(100_000))
+                await theirs.send_eof()
+                taken = 0
+                while data := await ours.receive_some():
+                    taken += len(data)
+                whole += taken == 100_000
+                await ours.aclose()
+        assert slow.traffic["cache"].resets == 200 - whole
+        counts.append(whole)
+    assert counts[0] == counts[1]
+    assert 180 <= counts[0] <= 198
