@@ -49,7 +49,15 @@ class Fetch(BaseModel):
         extra="forbid", alias_generator=lambda name: name.replace("_", "-"), allow_inf_nan=False
     )
 
-    transfers: int = Field(8, ge=1, le=256, description="NARs fetched at once")
+    transfers: int = Field(
+        32, ge=1, le=256, description="NARs fetched at once, at most; of large ones a quarter"
+    )
+    connections: int = Field(
+        16, ge=1, le=256, description="connections to one cache for NARs, at most"
+    )
+    bandwidth: int = Field(
+        0, ge=0, description="bytes a second of NARs that all caches together may send; 0: no limit"
+    )
     lookups: int = Field(64, ge=1, le=1024, description="narinfos asked for at once")
     unpackers: int = Field(
         default_factory=lambda: min(os.cpu_count() or 1, 4),
@@ -73,7 +81,7 @@ class Fetch(BaseModel):
         description="bytes a second below which a path that is slow by itself is had from another cache; 0: never",
     )
 
-    @field_validator("min_rate", mode="before")
+    @field_validator("min_rate", "bandwidth", mode="before")
     @classmethod
     def _sizes(cls, value: object) -> int:
         return parse_size(value)

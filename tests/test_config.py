@@ -58,7 +58,7 @@ def test_a_state_directory_in_the_file_comes_before_the_usual_one(tmp_path: Path
     ("text", "offender"),
     [
         ('colour = "red"', "unknown key 'colour'; known are address"),
-        ("[fetch]\ncolour = 1", "unknown key 'fetch.colour'; known are connect-timeout"),
+        ("[fetch]\ncolour = 1", "unknown key 'fetch.colour'; known are bandwidth"),
         ('substituters = ["ftp://x"]', "'ftp://x': a substituter is"),
         ('trusted-public-keys = ["nonsense"]', "trusted-public-keys"),
         ('store-dir = "nix/store"', "'nix/store': an absolute path"),

@@ -34,6 +34,9 @@ def status(as_json: bool, watch: float | None, address: Path) -> None:
     waiting   requests of programs that are blocked, the longest wait first: who
               asks (or who last opened the file: "cat?"), for what it waits, what
               has come of it, how fast, and for how long nothing came
+    fetching  paths on their way, and how urgent each is: "reader" while a program
+              is blocked on it; what is less urgent is paused meanwhile
+    link      what was measured of it; how many paths will come when it is free
     on fuse   containers whose store paths are not all here yet: they need the
               daemon to run; the others would not notice its end
     errors    what readers were given instead of data
@@ -62,6 +65,7 @@ def lines(answer: dict[str, Any]) -> list[str]:
         *section("cache", [cache(each) for each in answer["caches"]]),
         *section("on fuse", [[key] for key in answer["depend_on_fuse"]]),
         *section("fetching", [fetching(each) for each in answer["fetching"]]),
+        *section("link", link(answer)),
         *section("errors", [error(each) for each in answer["errors"]]),
         *waiting(answer),
     ]
@@ -120,12 +124,26 @@ def fetching(each: dict[str, Any]) -> list[str]:
     """A line about a transfer."""
     count = each["waiting"]
     return [
+        each["priority"],
         got(each),
         rate(each),
         idle(each),
         f"in {each['seconds']:.1f} s",
         f"{count} waiting" if count else "",
         each["path"],
+    ]
+
+
+def link(answer: dict[str, Any]) -> list[list[str]]:
+    """What was measured of the link, and what will be fetched when it is free."""
+    measured = answer["link"]
+    if measured is None or not measured["rate"]:
+        return []
+    times = [f"{url} {each * 1e3:.0f} ms" for url, each in measured["round_trips"].items() if each]
+    later = [f"{count} for {name}" for name, count in answer["requested"].items()]
+    return [
+        [f"carried up to {size(round(measured['rate']))}/s; round trips: {', '.join(times)}"],
+        *([["later: " + ", ".join(later)]] if later else []),
     ]
 
 
@@ -163,9 +181,10 @@ def waiting_row(each: dict[str, Any]) -> list[str]:
 
 def got(each: dict[str, Any]) -> str:
     """How much of a transfer is here."""
-    if each["for"] != "transfer":
+    if each["for"] not in ("transfer", "pause"):
         return each["for"] if "operation" not in each else "-"
-    return f"{size(each['received'])} of {size(each['expected'])}"
+    paused = ", paused" if each["for"] == "pause" else ""
+    return f"{size(each['received'])} of {size(each['expected'])}{paused}"
 
 
 def rate(each: dict[str, Any]) -> str:

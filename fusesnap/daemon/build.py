@@ -22,8 +22,10 @@ from fusesnap.daemon.telemetry.keeper import Telemetry
 from fusesnap.daemon.telemetry.owners import upper_of_reader
 from fusesnap.daemon.telemetry.recorder import Recorder
 from fusesnap.errors import FusesnapError, StorageFailure
+from fusesnap.fetch.link import Link, open_link
 from fusesnap.fetch.loader import Loader
 from fusesnap.fetch.realiser import Limits, Realiser
+from fusesnap.fetch.scheduler import LinkLimits
 from fusesnap.fetch.unpack_processes import UnpackProcesses
 from fusesnap.fetch.unpacking import ThreadUnpackers
 from fusesnap.nix.signature import PublicKey, TrustedKeys
@@ -54,6 +56,7 @@ class Node:
     store: LocalStore
     pool: SubstituterPool
     unpackers: UnpackProcesses
+    link: Link
     realiser: Realiser
     loader: Loader
     telemetry: Telemetry
@@ -143,9 +146,9 @@ async def open_pool(
 ) -> SubstituterPool:
     """The substituters that the settings name; what they hold is closed with ``stack``."""
     lookups = open_client(settings, authorities.lookups, http2=True, connections=LOOKUP_CONNECTIONS)
-    transfers = open_client(
-        settings, authorities.transfers, http2=False, connections=settings.fetch.transfers
-    )
+    # The link sees to it that none has more than its own, and as many that are held.
+    connections = 2 * settings.fetch.connections * max(1, len(settings.substituters))
+    transfers = open_client(settings, authorities.transfers, http2=False, connections=connections)
     await stack.enter_async_context(lookups)
     await stack.enter_async_context(transfers)
     told = secrets(settings)
@@ -168,6 +171,7 @@ async def open_pool(
         narinfo_cache=cache,
         retry=RetryPolicy(),
         deadline=settings.fetch.lookup_timeout,
+        clock=time.monotonic,  # status asks it in a thread, where trio's cannot be read
         patience=Patience(
             settings.fetch.stall_timeout * BEFORE_READERS, settings.fetch.min_rate, PACE_WINDOW
         ),
@@ -213,15 +217,19 @@ async def open_node(
         telemetry = await stack.enter_async_context(open_telemetry(settings).running())
         telemetry.watch(lambda: totals_of(pool))
         nursery = await stack.enter_async_context(trio.open_nursery())
-        limits = Limits(
-            settings.fetch.transfers, settings.fetch.lookups, settings.fetch.stall_timeout
-        )
+        limits = Limits(settings.fetch.lookups, settings.fetch.stall_timeout)
+        may = LinkLimits(settings.fetch.transfers, settings.fetch.connections)
+        link = open_link(nursery, may, settings.fetch.bandwidth)
         unpackers = UnpackProcesses(
             unpack_command(settings), settings.fetch.unpackers, nursery, ThreadUnpackers(store)
         )
-        realiser = Realiser(store, pool, unpackers, nursery, limits, identify, telemetry.fetch)
+        realiser = Realiser(
+            store, pool, unpackers, link, nursery, limits, identify, telemetry.fetch
+        )
         loader = Loader(store, store_dir, realiser, nursery)
         try:
-            yield Node(settings, store_dir, store, pool, unpackers, realiser, loader, telemetry)
+            yield Node(
+                settings, store_dir, store, pool, unpackers, link, realiser, loader, telemetry
+            )
         finally:
             nursery.cancel_scope.cancel()

@@ -12,7 +12,13 @@ from fusesnap.filesystem.waiting import WaitingState
 from fusesnap.substituter.watched import CacheState
 
 # What a worker that cannot be asked may have had.
-NOTHING_KNOWN: dict[str, Any] = {"fetching": [], "waiting": [], "errors": []}
+NOTHING_KNOWN: dict[str, Any] = {
+    "fetching": [],
+    "requested": {},
+    "link": None,
+    "waiting": [],
+    "errors": [],
+}
 
 
 def node_status(node: Node) -> dict[str, Any]:
@@ -35,6 +41,10 @@ def worker_status(node: Node) -> dict[str, Any]:
         **node_status(node),
         "worker": {"pid": os.getpid()},
         "fetching": [flight(node, state) for state in node.realiser.flights()],
+        "requested": {
+            priority.name.lower(): count for priority, count in node.realiser.requested().items()
+        },
+        "link": link(node),
     }
 
 
@@ -59,6 +69,15 @@ def status_of_wait(node: Node, state: WaitingState) -> dict[str, Any]:
     }
 
 
+def link(node: Node) -> dict[str, Any]:
+    """What was measured of the link: bytes a second at most of late, and seconds that a request takes at least."""
+    caches = [state.url for state in node.pool.states()]
+    return {
+        "rate": round(node.link.rate, 1),
+        "round_trips": {url: round(node.link.round_trip(url), 4) for url in caches},
+    }
+
+
 def waits_for(transfer: FlightState | None) -> str:
     """What a request waits for, in a word."""
     if transfer is None:
@@ -67,6 +86,8 @@ def waits_for(transfer: FlightState | None) -> str:
         return "turn"
     if transfer.cache is None:
         return "narinfo"
+    if transfer.paused:
+        return "pause"
     return "verify" if transfer.verifying else "transfer"
 
 
@@ -99,5 +120,7 @@ def flight(node: Node, state: FlightState) -> dict[str, Any]:
         "for": waits_for(state),
         "rate": round(state.rate, 1),
         "idle": round(state.idle, 3),
+        "priority": state.priority.name.lower(),
+        "paused": state.paused,
         "probable_readers": [asdict(reader) for reader in state.readers],
     }

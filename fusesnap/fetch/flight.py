@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import trio
@@ -17,6 +19,7 @@ from fusesnap.fetch.events import (
     Verifying,
     unobserved,
 )
+from fusesnap.fetch.link import Passage
 from fusesnap.fetch.priority import Priority
 from fusesnap.nix.store_path import StorePath
 from fusesnap.nix.tree import Tree
@@ -36,7 +39,8 @@ class FlightState:
 
     ``expected`` is the size of the compressed NAR where a narinfo told it. ``waiting`` counts those blocked on the
     path now; ``readers`` are the last processes that asked. ``queued``: it has not begun, because others are before
-    it. ``verifying``: all bytes came, and are checked and committed. ``idle``: seconds since something last came;
+    it. ``priority``: how urgent it is now; ``paused``: it has begun, and more urgent ones have the link.
+    ``verifying``: all bytes came, and are checked and committed. ``idle``: seconds since something last came;
     ``rate``: bytes a second, of late.
     """
 
@@ -48,6 +52,8 @@ class FlightState:
     waiting: int
     readers: tuple[Reader, ...]
     queued: bool
+    priority: Priority
+    paused: bool
     verifying: bool
     idle: float
     rate: float
@@ -64,7 +70,10 @@ class Flight:
     """The fetch of one path, with its waiters.
 
     A waiter's clock counts time *without progress*, not time: a large NAR over a slow link may take an hour, and its
-    reader is served, as long as bytes keep coming. Before a flight's turn what ``everybody`` gets counts as progress.
+    reader is served, as long as bytes keep coming. Before a flight's turn what ``everybody`` gets counts as progress,
+    and while it is paused the clock stands still.
+
+    It is as urgent as it was asked to be, and as ``Priority.READER`` while somebody is blocked on it.
     """
 
     READERS_KEPT = 8  # a whole thread pool may block on one path: enough to see who it is
@@ -79,6 +88,9 @@ class Flight:
         priority: Priority = Priority.READER,
     ) -> None:
         self.path = path
+        # Who asked because he reads has it urgent for as long as he waits.
+        self._asked_as: Priority = Priority.REST if priority is Priority.READER else priority
+        self._passage: Passage | None = None
         self._observe = observe
         self.cache: str | None = None
         self._everybody = everybody or Progress()
@@ -89,17 +101,49 @@ class Flight:
         self._began = self._own_progress = trio.current_time()
         self._marks = ((self._began, 0), (self._began, 0))  # (time, bytes) of two earlier moments
         self._landed = trio.Event()
+        self._in_line = trio.Event()
+        self._departed = trio.Event()
         self._outcome: Tree | Exception | None = None
         self._waiting = 0
         self._readers: dict[Reader, None] = {}
         observe(Asked(path, priority))
 
     @property
+    def priority(self) -> Priority:
+        """How urgent it is now."""
+        return Priority.READER if self._waiting else self._asked_as
+
+    def want(self, priority: Priority) -> None:
+        """It is wanted as urgently as this, if that is more than before."""
+        self._asked_as = min(self._asked_as, priority)
+        self._tell_priority()
+
+    @contextmanager
+    def crossing(self, passage: Passage) -> Iterator[None]:
+        """Its bytes come by ``passage`` meanwhile, when they have their turn."""
+        self._passage, self._queued = passage, passage.waits
+        self._in_line.set()
+        try:
+            yield
+        finally:
+            self._passage = None
+
+    def _tell_priority(self) -> None:
+        if self._passage is not None:
+            self._passage.become(self.priority)
+
+    @property
+    def _paused(self) -> bool:
+        return self._passage is not None and self._passage.paused
+
+    @property
     def _progressed(self) -> float:
+        if self._paused:
+            return trio.current_time()
         return max(self._own_progress, self._everybody.at) if self._queued else self._own_progress
 
     def board(self) -> None:
-        """It is this path's turn."""
+        """It is this path's turn: it is looked for, or its bytes may come."""
         self._queued = False
         self._own_progress = trio.current_time()
         self._observe(Boarded(self.path))
@@ -108,9 +152,15 @@ class Flight:
         """An offer was chosen: bytes come from ``cache``, ``expected`` of them where that is known."""
         self.cache, self._expected, self._received, self._queued = cache, expected, 0, False
         self._verifying = False
+        self._departed.set()
         self._own_progress = now = trio.current_time()
         self._marks = ((now, 0), (now, 0))
         self._observe(TransferBegun(self.path, cache, expected))
+
+    def resume(self, kept: int) -> None:
+        """What is missing is asked for, after a pause; ``kept`` bytes are here."""
+        self._own_progress = trio.current_time()
+        self._observe(TransferBegun(self.path, self.cache or "", self._expected, kept))
 
     def progress(self, count: int) -> None:
         """``count`` more bytes of the compressed NAR are here."""
@@ -128,8 +178,17 @@ class Flight:
     def land(self, outcome: Tree | Exception) -> None:
         """The path is committed and this is its tree, or it cannot be had and this is why."""
         self._outcome = outcome
-        self._landed.set()
+        for event in (self._landed, self._in_line, self._departed):
+            event.set()
         self._observe(Landed(self.path, outcome if isinstance(outcome, Exception) else None))
+
+    async def in_line(self) -> None:
+        """Return when it is known where its bytes come from and it waits for its turn, or at its end."""
+        await self._in_line.wait()
+
+    async def departed(self) -> None:
+        """Return when its first bytes are asked for, or at its end."""
+        await self._departed.wait()
 
     async def landed(self) -> None:
         """Return when it is over, however it ended. Its own limits see to it that it ends."""
@@ -143,10 +202,16 @@ class Flight:
         if reader is not None:
             self._remember(reader)
         self._waiting += 1
+        self._tell_priority()
         try:
-            await self._wait_for_landing(stall)
+            return await self.outcome(stall)
         finally:
             self._waiting -= 1
+            self._tell_priority()
+
+    async def outcome(self, stall: float) -> Tree:
+        """The same for somebody who is no reader, and does not make it more urgent."""
+        await self._wait_for_landing(stall)
         if isinstance(self._outcome, Exception):
             raise self._outcome
         assert self._outcome is not None  # noqa: S101 - land() comes before the event
@@ -180,6 +245,8 @@ class Flight:
             waiting=self._waiting,
             readers=tuple(self._readers),
             queued=self._queued,
+            priority=self.priority,
+            paused=self._paused,
             verifying=self._verifying,
             idle=trio.current_time() - self._progressed,
             rate=self._rate(),

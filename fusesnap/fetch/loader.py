@@ -76,7 +76,7 @@ class Loader:
         self._realiser.request(paths, Priority.TRACE)
         for library in dynamic.needed:
             for pin, directory in places:
-                tree = await self._realiser.realise(pin.info.store_path)
+                tree = await self._realiser.realise(pin.info.store_path, priority=Priority.TRACE)
                 found = resolve(tree, [*directory, library])
                 if found is not None:
                     self.opened(pin.ordinal, tree, found)

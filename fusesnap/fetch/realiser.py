@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import heapq
-import itertools
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Sequence
 from contextlib import aclosing
@@ -22,7 +20,9 @@ from fusesnap.errors import (
 from fusesnap.fetch.events import ObserveFetch, unobserved
 from fusesnap.fetch.flight import Flight, FlightState, Progress, Reader
 from fusesnap.fetch.keeping import keeping
+from fusesnap.fetch.link import Link, PauseLost
 from fusesnap.fetch.priority import Priority
+from fusesnap.fetch.requests import Requests
 from fusesnap.fetch.trees import Trees
 from fusesnap.fetch.unpacking import UnpackerDied, Unpackers
 from fusesnap.nix.store_path import HashPart, StorePath
@@ -40,15 +40,14 @@ UNPACK_ATTEMPTS = 3
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """``transfers``: NARs at once. ``lookups``: narinfos at once. ``stall``: seconds without progress for a reader."""
+    """``lookups``: narinfos at once. ``stall``: seconds without progress for a reader."""
 
-    transfers: int = 8
     lookups: int = 64
     stall: float = 120.0
 
 
 class Realiser:
-    """The one place in a process that fetches.
+    """The one place in a process that fetches paths; ``link`` decides whose bytes come when.
 
     ``nursery`` holds the transfers: they outlive the readers that asked for them, because the next reader will want
     the same path, and end with the process. ``identify`` names a process by its pid, for people to see. ``observe``
@@ -60,6 +59,7 @@ class Realiser:
         store: LocalStore,
         pool: SubstituterPool,
         unpackers: Unpackers,
+        link: Link,
         nursery: trio.Nursery,
         limits: Limits,
         identify: Callable[[int], Reader],
@@ -68,15 +68,13 @@ class Realiser:
         self._store = store
         self._pool = pool
         self._unpackers = unpackers
+        self._link = link
         self._nursery = nursery
         self._limits = limits
         self._identify = identify
         self._observe = observe
-        self._transfers = trio.CapacityLimiter(limits.transfers)
-        # Half of the transfers are left to readers, who wait.
-        self._room = max(1, limits.transfers // 2)
-        self._requested: list[tuple[Priority, int, StorePath]] = []
-        self._numbers = itertools.count()
+        self._requests = Requests(self._begin)
+        self._pumping = False
         self._flights: dict[StorePath, Flight] = {}
         self._progress = Progress()
         self._trees = Trees()
@@ -149,20 +147,24 @@ class Realiser:
         path: StorePath,
         pid: int | None = None,
         watch: Callable[[Flight], None] = lambda _: None,
+        priority: Priority = Priority.READER,
     ) -> Tree:
         """The tree of ``path``, which is committed when this returns.
 
-        Any number of callers share one transfer, which ``watch`` is told if it is waited for. Raises the reason why
-        the path cannot be had (``PathNotFound``, ``Unavailable``, ``UntrustedPath``, ``InvalidData``,
-        ``StorageFailure``), or ``DeadlineExceeded``.
+        Any number of callers share one transfer, which ``watch`` is told if it is waited for. Who is no reader says
+        with ``priority`` how urgent it is. Raises the reason why the path cannot be had (``PathNotFound``,
+        ``Unavailable``, ``UntrustedPath``, ``InvalidData``, ``StorageFailure``), or ``DeadlineExceeded``.
         """
         tree = await self._committed_tree(path)
         if tree is not None:
             return tree
         reader = self._identify(pid) if pid is not None else None
-        flight = self._flight(path)
+        flight = self._flight(path, priority)
         watch(flight)
-        return await flight.wait(self._limits.stall, reader)
+        if priority is Priority.READER:
+            return await flight.wait(self._limits.stall, reader)
+        flight.want(priority)
+        return await flight.outcome(self._limits.stall)
 
     def request(self, paths: Sequence[StorePath], priority: Priority = Priority.PREFETCH) -> None:
         """Start fetching what is missing of ``paths`` when it is their turn, without waiting.
@@ -173,21 +175,22 @@ class Realiser:
 
     async def _enqueue(self, paths: Sequence[StorePath], priority: Priority) -> None:
         # A question to the database each: thousands of them are not for the loop.
-        for path in await trio.to_thread.run_sync(self._missing_in_order, paths, priority):
-            heapq.heappush(self._requested, (priority, next(self._numbers), path))
-        self._begin_requested()
+        missing = await trio.to_thread.run_sync(self._missing_in_order, paths, priority)
+        for path in missing:
+            if path in self._flights:
+                self._flights[path].want(priority)
+            else:
+                self._requests.add(path, priority)
+        if not self._pumping:
+            self._pumping = True
+            try:
+                await self._requests.begin_all()
+            finally:
+                self._pumping = False
 
-    def _begin_requested(self) -> None:
-        while self._requested and self._room:
-            self._room -= 1
-            priority, _, path = heapq.heappop(self._requested)
-            self._nursery.start_soon(self._fetch_requested, path, priority)
-
-    async def _fetch_requested(self, path: StorePath, priority: Priority) -> None:
-        if not self._store.is_committed(path):  # somebody may have read it before its turn
-            await self._flight(path, priority).landed()
-        self._room += 1
-        self._begin_requested()
+    def _begin(self, path: StorePath, priority: Priority) -> Flight | None:
+        """Have a requested path fetched, unless somebody has read it before its turn."""
+        return None if self._store.is_committed(path) else self._flight(path, priority)
 
     def _missing_in_order(
         self, paths: Sequence[StorePath], priority: Priority
@@ -207,6 +210,10 @@ class Realiser:
     def flights(self) -> list[FlightState]:
         """Every transfer of this moment, the longest running first."""
         return [flight.state() for flight in self._flights.values()]
+
+    def requested(self) -> dict[Priority, int]:
+        """How many paths were asked for ahead and are no flights yet, by how urgent they are."""
+        return self._requests.counts()
 
     def _size(self, path: StorePath) -> int:
         pin = self._store.pinned(path)
@@ -234,7 +241,7 @@ class Realiser:
                 self._trees.put(self._pin(path).ordinal, tree)
         return tree
 
-    def _flight(self, path: StorePath, priority: Priority = Priority.READER) -> Flight:
+    def _flight(self, path: StorePath, priority: Priority) -> Flight:
         flight = self._flights.get(path)
         if flight is None:
             flight = Flight(path, self._progress, self._observe, priority)
@@ -247,10 +254,9 @@ class Realiser:
             f"{flight.path}: the fetch was given up because the process ends"
         )
         try:
-            async with self._transfers:
-                flight.board()
-                async with keeping(self._store.roots, [flight.path]):
-                    outcome = await self._fetch(flight)
+            flight.board()
+            async with keeping(self._store.roots, [flight.path]):
+                outcome = await self._fetch(flight)
         except Exception as error:
             log.warning(
                 "%s cannot be had: %s",
@@ -314,21 +320,31 @@ class Realiser:
         for _ in range(UNPACK_ATTEMPTS - 1):
             try:
                 return await self._transfer_once(flight, offer, pin)
-            except UnpackerDied as error:
+            except (UnpackerDied, PauseLost) as error:
                 log.warning("%s: %s; from its start again", flight.path, error)
-        return await self._transfer_once(flight, offer, pin)
+        try:
+            return await self._transfer_once(flight, offer, pin)
+        except PauseLost as error:
+            raise Unavailable(str(error)) from error
 
     async def _transfer_once(self, flight: Flight, offer: Offer, pin: Pin) -> Tree:
-        flight.begin(offer.substituter.url, offer.narinfo.file_size)
-        async with (
-            self._unpackers.unpacking(pin, offer.narinfo) as unpacking,
-            offer.substituter.nar(offer.narinfo) as stream,
-            aclosing(gather(stream, flight)) as pieces,
+        url, size = offer.substituter.url, offer.narinfo.file_size
+        with (
+            self._link.passage(flight.priority, url, size) as passage,
+            flight.crossing(passage),
         ):
-            async for piece in pieces:
-                await unpacking.feed(piece)
-            flight.verify()
-            await unpacking.commit()
+            await passage.turn()
+            flight.begin(url, size)
+            stream = passage.pieces(offer.read, flight.resume)
+            async with (
+                self._unpackers.unpacking(pin, offer.narinfo) as unpacking,
+                aclosing(stream),
+                aclosing(gather(stream, flight)) as pieces,
+            ):
+                async for piece in pieces:
+                    await unpacking.feed(piece)
+                flight.verify()
+                await unpacking.commit(together=flight.priority >= Priority.REST)
         tree = await trio.to_thread.run_sync(self._store.tree, flight.path)
         if tree is None:
             raise Unavailable(f"{flight.path}: somebody removed it as soon as it was committed")

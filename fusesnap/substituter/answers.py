@@ -55,8 +55,8 @@ class FileLength:
     ``where`` begins the messages: the cache and the file. ``received`` counts the bytes so far.
     """
 
-    def __init__(self, where: str, info: NarInfo) -> None:
-        self.received = 0
+    def __init__(self, where: str, info: NarInfo, received: int = 0) -> None:
+        self.received = received
         self._where = where
         most = info.nar_size + info.nar_size // _OVERHEAD_SHARE + _OVERHEAD
         # FileSize is not signed: a cache may say what it likes, and only NarSize bounds it.

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
 from typing import Final, Protocol
 
 from fusesnap.nix.cache_info import CacheInfo
@@ -33,6 +34,21 @@ from fusesnap.substituter.retry import Retries
 DEFAULT_PRIORITY: Final = 50
 CACHE_INFO_NAME: Final = "nix-cache-info"
 DEFAULT_STORE_DIR: Final = StoreDir()
+
+
+@dataclass(slots=True)
+class Bookmark:
+    """How far the file of a NAR was read, so that another reading can go on there.
+
+    ``received`` is in bytes; ``length`` that of the whole file, where anybody said it. ``validator`` is what the cache
+    knows this version of the file by. ``resumable`` says whether the cache can send the rest alone; None as long as it
+    has not told. A reading keeps its bookmark up to date, piece by piece.
+    """
+
+    received: int = 0
+    length: int | None = None
+    validator: str | None = None
+    resumable: bool | None = None
 
 
 class Substituter(Protocol):
@@ -73,9 +89,12 @@ class Substituter(Protocol):
         """
 
     def nar(
-        self, info: NarInfo, retries: Retries | None = None
+        self, info: NarInfo, retries: Retries | None = None, bookmark: Bookmark | None = None
     ) -> AbstractAsyncContextManager[AsyncIterator[bytes]]:
         """Read the file that ``info`` names, from its first byte to its last, in order.
+
+        With a ``bookmark`` of an earlier reading, from there. What was read before the reading was cancelled, or left,
+        is in the bookmark to the byte.
 
         The pieces are not empty, and at most 1 MiB long. The file is as stored: no transport
         encoding is left, and no decompression done. Entering asks nothing; the iterator raises

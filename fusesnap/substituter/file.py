@@ -23,7 +23,7 @@ from fusesnap.substituter.answers import (
     read_cache_info,
     read_narinfo,
 )
-from fusesnap.substituter.base import CACHE_INFO_NAME, DEFAULT_STORE_DIR
+from fusesnap.substituter.base import CACHE_INFO_NAME, DEFAULT_STORE_DIR, Bookmark
 from fusesnap.substituter.retry import Refusal, Retries
 
 _PIECE: Final = 256 * 1024
@@ -68,9 +68,9 @@ class FileSubstituter:
 
     @asynccontextmanager
     async def nar(
-        self, info: NarInfo, retries: Retries | None = None
+        self, info: NarInfo, retries: Retries | None = None, bookmark: Bookmark | None = None
     ) -> AsyncGenerator[AsyncIterator[bytes]]:
-        async with aclosing(self._file(info)) as pieces:
+        async with aclosing(self._file(info, bookmark or Bookmark())) as pieces:
             yield pieces
 
     @asynccontextmanager
@@ -111,18 +111,24 @@ class FileSubstituter:
             raise InvalidData(f"{self.url}: {name}: expected at most {limit} bytes, got more")
         return data
 
-    async def _file(self, info: NarInfo) -> AsyncGenerator[bytes]:
+    async def _file(self, info: NarInfo, bookmark: Bookmark) -> AsyncGenerator[bytes]:
         where = f"{self.url}: {info.url}"
-        length = FileLength(where, info)
+        length = FileLength(where, info, bookmark.received)
+        bookmark.resumable = True
         try:
             # Closing a file that was read only writes nothing, and so does not block.
             with await self._open_nar(info.url) as file:
+                if bookmark.length is not None:
+                    length.announced(bookmark.length)
                 length.announced(os.fstat(file.fileno()).st_size)
+                bookmark.length = length.exact
+                file.seek(bookmark.received)
                 while True:
                     piece: bytes = await trio.to_thread.run_sync(file.read, _PIECE)
                     if not piece:
                         break
                     length.receive(len(piece))
+                    bookmark.received = length.received
                     yield piece
         except OSError as error:
             raise self._translate(where, error) from error

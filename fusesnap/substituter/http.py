@@ -22,7 +22,7 @@ from fusesnap.substituter.answers import (
     read_cache_info,
     read_narinfo,
 )
-from fusesnap.substituter.base import CACHE_INFO_NAME, DEFAULT_STORE_DIR
+from fusesnap.substituter.base import CACHE_INFO_NAME, DEFAULT_STORE_DIR, Bookmark
 from fusesnap.substituter.body import disregard, pieces_of, read_body
 from fusesnap.substituter.credentials import Secrets
 from fusesnap.substituter.part import PartTransfer
@@ -122,10 +122,11 @@ class HttpSubstituter:
 
     @asynccontextmanager
     async def nar(
-        self, info: NarInfo, retries: Retries | None = None
+        self, info: NarInfo, retries: Retries | None = None, bookmark: Bookmark | None = None
     ) -> AsyncGenerator[AsyncIterator[bytes]]:
         where = f"{self.url}: {info.url}"
-        reading = self._file(info, Transfer(where, info), retries or self._retry.start())
+        transfer = Transfer(where, info, bookmark or Bookmark())
+        reading = self._file(info, transfer, retries or self._retry.start())
         async with aclosing(reading) as pieces:
             yield pieces
 

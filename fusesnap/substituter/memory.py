@@ -21,7 +21,7 @@ from fusesnap.substituter.answers import (
     read_cache_info,
     read_narinfo,
 )
-from fusesnap.substituter.base import CACHE_INFO_NAME, DEFAULT_STORE_DIR
+from fusesnap.substituter.base import CACHE_INFO_NAME, DEFAULT_STORE_DIR, Bookmark
 from fusesnap.substituter.retry import PartsUnsupported, Refusal, Retries
 
 _PIECE: Final = 64 * 1024
@@ -95,9 +95,9 @@ class MemorySubstituter:
 
     @asynccontextmanager
     async def nar(
-        self, info: NarInfo, retries: Retries | None = None
+        self, info: NarInfo, retries: Retries | None = None, bookmark: Bookmark | None = None
     ) -> AsyncGenerator[AsyncIterator[bytes]]:
-        async with aclosing(self._file(info)) as pieces:
+        async with aclosing(self._file(info, bookmark or Bookmark())) as pieces:
             yield pieces
 
     @asynccontextmanager
@@ -131,16 +131,23 @@ class MemorySubstituter:
             raise InvalidData(f"{self.url}: {name}: expected at most {limit} bytes, got more")
         return data
 
-    async def _file(self, info: NarInfo) -> AsyncGenerator[bytes]:
+    async def _file(self, info: NarInfo, bookmark: Bookmark) -> AsyncGenerator[bytes]:
         where = f"{self.url}: {info.url}"
-        length = FileLength(where, info)
-        async with aclosing(self._read(info.url, where)) as pieces:
+        length = FileLength(where, info, bookmark.received)
+        bookmark.resumable = True
+        data = self.files.get(info.url, b"")
+        if bookmark.length is not None:
+            length.announced(bookmark.length)
+            length.announced(len(data))
+        bookmark.length = len(data)
+        async with aclosing(self._read(info.url, where, bookmark.received)) as pieces:
             async for piece in pieces:
                 length.receive(len(piece))
+                bookmark.received = length.received
                 yield piece
         length.end()
 
-    async def _read(self, name: str, where: str) -> AsyncGenerator[bytes]:
+    async def _read(self, name: str, where: str, begin: int = 0) -> AsyncGenerator[bytes]:
         self.requests.append(name)
         await trio.sleep(self._delay)
         fault = self._faults[name].popleft() if self._faults[name] else None
@@ -148,7 +155,7 @@ class MemorySubstituter:
         if data is None and fault is None:
             raise PathNotFound(f"{where}: not found")
         end = len(data or b"") if fault is None else fault.after
-        for start in range(0, end, _PIECE):
+        for start in range(begin, end, _PIECE):
             await trio.lowlevel.checkpoint()
             yield (data or b"")[start : min(start + _PIECE, end)]
         if fault is not None:

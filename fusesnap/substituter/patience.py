@@ -19,6 +19,7 @@ from fusesnap.errors import DeadlineExceeded, FusesnapError, InvalidData, Unavai
 from fusesnap.nix.cache_info import CacheInfo
 from fusesnap.nix.narinfo import NarInfo
 from fusesnap.nix.store_path import HashPart, StorePath
+from fusesnap.substituter.base import Bookmark
 from fusesnap.substituter.retry import Retries, RetryPolicy, Throttled, may_mend
 
 # Seconds after which trouble is no hiccup any more: then others are asked.
@@ -73,7 +74,7 @@ class Gate(Protocol):
     async def narinfo(self, path: StorePath | HashPart) -> NarInfo: ...
 
     def pieces(
-        self, info: NarInfo, retries: Retries
+        self, info: NarInfo, retries: Retries, bookmark: Bookmark | None
     ) -> AbstractAsyncContextManager[AsyncIterator[bytes]]:
         """The file's pieces, without any judgement of how they come."""
 
@@ -269,7 +270,7 @@ class PatientSubstituter:
 
     @asynccontextmanager
     async def nar(
-        self, info: NarInfo, retries: Retries | None = None
+        self, info: NarInfo, retries: Retries | None = None, bookmark: Bookmark | None = None
     ) -> AsyncGenerator[AsyncIterator[bytes]]:
         """As the protocol says. Retries of its own."""
         patient = PatientRetries(
@@ -278,7 +279,7 @@ class PatientSubstituter:
         self._traffic.transfers += 1
         try:
             async with (
-                self._gate.pieces(info, patient) as pieces,
+                self._gate.pieces(info, patient, bookmark) as pieces,
                 aclosing(self._judged(info, pieces, patient)) as judged,
             ):
                 yield judged

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import Final, TypeVar
 
@@ -20,7 +21,7 @@ from fusesnap.nix.narinfo import NarInfo
 from fusesnap.nix.signature import TrustedKeys
 from fusesnap.nix.store_path import HashPart, StoreDir, StorePath
 from fusesnap.nix.trust import check_trust
-from fusesnap.substituter.base import Substituter
+from fusesnap.substituter.base import Bookmark, Substituter
 from fusesnap.substituter.breaker import DEFAULT_BREAKER, BreakerPolicy
 from fusesnap.substituter.lookup import Lookup
 from fusesnap.substituter.narinfo_cache import NarInfoCache
@@ -55,6 +56,10 @@ class Offer:
 
     substituter: Substituter
     narinfo: NarInfo
+
+    def read(self, bookmark: Bookmark) -> AbstractAsyncContextManager[AsyncIterator[bytes]]:
+        """Read the NAR's file on from ``bookmark``, see :class:`~.base.Substituter`."""
+        return self.substituter.nar(self.narinfo, bookmark=bookmark)
 
 
 class SubstituterPool:

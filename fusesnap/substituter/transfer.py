@@ -15,6 +15,7 @@ import httpx
 from fusesnap.errors import Unavailable
 from fusesnap.nix.narinfo import NarInfo
 from fusesnap.substituter.answers import FileLength
+from fusesnap.substituter.base import Bookmark
 from fusesnap.substituter.retry import Refusal
 from fusesnap.substituter.transport import status_error
 
@@ -27,14 +28,18 @@ _LENGTH: Final = re.compile(r"[0-9]{1,19}", re.ASCII)
 
 
 class Transfer:
-    """The state of one file: how much of it has come, and how the rest can be asked for."""
+    """The state of one file: how much of it has come, and how the rest can be asked for.
 
-    def __init__(self, where: str, info: NarInfo) -> None:
+    It begins where ``bookmark`` says, and keeps that up to date.
+    """
+
+    def __init__(self, where: str, info: NarInfo, bookmark: Bookmark) -> None:
         self._where = where
-        self._length = FileLength(where, info)
-        self._validator: str | None = None
-        self._takes_ranges = True
-        self._progress_from = 0
+        self._bookmark = bookmark
+        self._length = FileLength(where, info, bookmark.received)
+        if bookmark.length is not None:
+            self._length.announced(bookmark.length)
+        self._progress_from = bookmark.received
         self._ended = False
 
     @property
@@ -48,15 +53,15 @@ class Transfer:
     @property
     def can_continue(self) -> bool:
         """Whether another request may bring what is missing: from the start if nothing came yet."""
-        return self._length.received == 0 or self._takes_ranges
+        return self._length.received == 0 or self._bookmark.resumable is not False
 
     def request_headers(self) -> dict[str, str]:
         """The headers of the next request: a range after the first byte has come."""
         headers = {"Accept-Encoding": "identity"}
         if self._length.received:
             headers["Range"] = f"bytes={self._length.received}-"
-            if self._validator is not None:
-                headers["If-Range"] = self._validator
+            if self._bookmark.validator is not None:
+                headers["If-Range"] = self._bookmark.validator
         return headers
 
     def begin(self, response: httpx.Response) -> None:
@@ -78,6 +83,7 @@ class Transfer:
     def receive(self, data: bytes) -> None:
         """Count a piece of the body; raises Refusal where there is too much."""
         self._length.receive(len(data))
+        self._bookmark.received = self._length.received
 
     def end(self) -> None:
         """The body ended without an error; raises Unavailable where the file is not complete."""
@@ -103,8 +109,9 @@ class Transfer:
         length = response.headers.get("Content-Length", "")
         if _LENGTH.fullmatch(length):
             self._length.announced(int(length))
-        self._takes_ranges = response.headers.get("Accept-Ranges", "").lower() != "none"
-        self._validator = _strong_validator(response)
+        self._bookmark.length = self._length.exact
+        self._bookmark.resumable = _takes_ranges(response)
+        self._bookmark.validator = _strong_validator(response)
 
     def _continue(self, response: httpx.Response) -> None:
         received = self._length.received
@@ -119,6 +126,13 @@ class Transfer:
         if match is None or int(match[1]) != received or not _same_end(match, exact):
             rest = f"{received}-{'*' if exact is None else exact - 1}/{exact or '*'}"
             raise Refusal(f"{self._where}: Content-Range is {text[:80]!r}, expected 'bytes {rest}'")
+        self._bookmark.resumable = True
+
+
+def _takes_ranges(response: httpx.Response) -> bool | None:
+    """What the server says of it; None where it says nothing, which does not mean no."""
+    said = response.headers.get("Accept-Ranges", "").lower()
+    return {"bytes": True, "none": False}.get(said)
 
 
 def _same_end(match: re.Match[str], exact: int | None) -> bool:

@@ -20,7 +20,7 @@ from fusesnap.nix.narinfo import NarInfo
 from fusesnap.nix.quoting import quote
 from fusesnap.nix.store_path import HashPart, StoreDir, StorePath
 from fusesnap.substituter.answers import MISSING_CACHE_INFO
-from fusesnap.substituter.base import DEFAULT_PRIORITY, Substituter
+from fusesnap.substituter.base import DEFAULT_PRIORITY, Bookmark, Substituter
 from fusesnap.substituter.breaker import DEFAULT_BREAKER, Breaker, BreakerPolicy, BreakerState
 from fusesnap.substituter.narinfo_cache import NarInfoCache
 from fusesnap.substituter.retry import PartsUnsupported, Refusal, Retries, Throttled, may_mend
@@ -184,10 +184,10 @@ class WatchedSubstituter:
             return await self._substituter.narinfo(path)
 
     def pieces(
-        self, info: NarInfo, retries: Retries
+        self, info: NarInfo, retries: Retries, bookmark: Bookmark | None
     ) -> AbstractAsyncContextManager[AsyncIterator[bytes]]:
         """The NAR, without learning from how it goes: who reads it tells that."""
-        return self._substituter.nar(info, retries)
+        return self._substituter.nar(info, retries, bookmark)
 
     @asynccontextmanager
     async def part(

@@ -24,7 +24,8 @@ error_log stderr warn;
 events {{ worker_connections 1024; }}
 http {{
     log_format requests escape=json
-        '{{"method":"$request_method","path":"$request_uri","status":$status,"size":$body_bytes_sent}}';
+        '{{"method":"$request_method","path":"$request_uri","status":$status,"size":$body_bytes_sent,'
+        '"range":"$http_range"}}';
     access_log {work}/requests.log requests;
     client_body_temp_path {work}/body;
     proxy_temp_path {work}/proxy;
@@ -107,12 +108,16 @@ class CacheFiles:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One request as nginx logged it; ``size`` is the bytes of the answer's body that were sent."""
+    """One request as nginx logged it; ``size`` is the bytes of the answer's body that were sent.
+
+    ``range`` is what the request's header of that name said.
+    """
 
     method: str
     path: str
     status: int
     size: int
+    range: str = ""
 
 
 def parse_requests(log: str) -> list[Request]:

@@ -59,6 +59,8 @@ def answer(**changes: Any) -> dict[str, Any]:
             "free": 7_000_000_000,
         },
         "fetching": [],
+        "requested": {},
+        "link": None,
         "waiting": [],
         "errors": [],
         "depend_on_fuse": [],
@@ -120,6 +122,17 @@ def test_errors_and_dependents_are_listed() -> None:
     assert f"errors     3  deadline  http://cache  last: {PATH}: no progress" in said
     assert "on fuse    default/3/one" in said
     assert "           default/4/two" in said
+
+
+def test_how_urgent_a_path_is_and_what_comes_later_are_shown() -> None:
+    flight = wait(1.0, priority="completion", received=1_200_000, waiting=0, **{"for": "pause"})
+    del flight["operation"]
+    measured = {"rate": 2_500_000.0, "round_trips": {"http://cache": 0.08, "http://other": 0}}
+    said = shown(fetching=[flight], link=measured, requested={"completion": 7, "prefetch": 1})
+    (line,) = [each for each in said if each.startswith("fetching")]
+    assert "completion  1.2 MB of 30.0 MB, paused" in line
+    assert "link       carried up to 2.5 MB/s; round trips: http://cache 80 ms" in said
+    assert "           later: 7 for completion, 1 for prefetch" in said
 
 
 def test_columns_are_aligned_whatever_their_colour() -> None:

@@ -11,7 +11,9 @@ import trio
 
 from fusesnap.fetch.events import ObserveFetch, unobserved
 from fusesnap.fetch.flight import Reader
+from fusesnap.fetch.link import open_link
 from fusesnap.fetch.realiser import Limits, Realiser
+from fusesnap.fetch.scheduler import LinkLimits
 from fusesnap.fetch.unpack_processes import UnpackProcesses
 from fusesnap.fetch.unpacking import ThreadUnpackers, Unpackers
 from fusesnap.nix.store_path import StoreDir
@@ -60,6 +62,7 @@ async def make_realiser(
     def make(
         *caches: MemorySubstituter,
         limits: Limits | None = None,
+        link_limits: LinkLimits | None = None,
         observe: ObserveFetch = unobserved,
     ) -> Realiser:
         pool = SubstituterPool(
@@ -74,6 +77,7 @@ async def make_realiser(
             store,
             pool,
             unpackers,
+            open_link(nursery, link_limits),
             nursery,
             limits or Limits(),
             lambda pid: Reader(pid, "test"),

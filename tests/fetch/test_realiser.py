@@ -29,6 +29,7 @@ from fusesnap.fetch.events import (
 )
 from fusesnap.fetch.priority import Priority
 from fusesnap.fetch.realiser import Limits
+from fusesnap.fetch.scheduler import LinkLimits
 from fusesnap.nix.store_path import HashPart, StorePath
 from fusesnap.nix.tree import Tree
 from fusesnap.store.local_store import LocalStore
@@ -166,7 +167,7 @@ async def test_a_cache_that_says_nothing_is_not_waited_for_for_ever(
     hello = sample("hello", size=500_000)
     cache = cache_of(hello)
     cache.script(hello.info.url, Fault(None, after=100_000))
-    realiser = make_realiser(cache, limits=Limits(stall=0.05))
+    realiser = make_realiser(cache, limits=Limits(stall=0.5))
     with pytest.raises(DeadlineExceeded, match=r"no progress .* from memory://cache"):
         await realiser.realise(hello.path)
 
@@ -240,7 +241,7 @@ async def test_a_hint_fetches_without_anybody_waiting_in_the_order_of_its_kind(
 ) -> None:
     samples = [sample(f"path-{number}", size=10 * number + 1) for number in range(5)]
     cache = cache_of(*samples)
-    realiser = make_realiser(cache, limits=Limits(transfers=1))
+    realiser = make_realiser(cache, link_limits=LinkLimits(transfers=1))
     paths: list[StorePath] = [each.path for each in reversed(samples)]
     await realiser.admit(paths)
     realiser.request([*paths, *paths], priority)
@@ -279,7 +280,7 @@ async def test_many_hints_together_leave_half_of_the_transfers_to_readers(
     cache = cache_of(*hinted, wanted)
     for each in hinted:
         cache.script(each.info.url, Fault(None, after=10))  # these never end
-    realiser = make_realiser(cache, limits=Limits(transfers=4))
+    realiser = make_realiser(cache, link_limits=LinkLimits(transfers=4))
     await realiser.admit([each.path for each in hinted])
     for each in hinted:
         realiser.request([each.path])

@@ -12,6 +12,7 @@ import trio
 
 from fusesnap.errors import FusesnapError, InvalidData, NotFound
 from fusesnap.fetch.flight import Reader
+from fusesnap.fetch.link import open_link
 from fusesnap.fetch.realiser import Limits, Realiser
 from fusesnap.fetch.unpacking import ThreadUnpackers
 from fusesnap.filesystem.error_counts import ErrorCounts
@@ -45,7 +46,10 @@ class Bench:
             retry=RetryPolicy(attempts=1),
             deadline=10.0,
         )
-        realiser = Realiser(store, pool, ThreadUnpackers(store), nursery, Limits(), self.identify)
+        link = open_link(nursery)
+        realiser = Realiser(
+            store, pool, ThreadUnpackers(store), link, nursery, Limits(), self.identify
+        )
         self.realiser = realiser
         waiting = WaitingRequests(self.identify, ErrorCounts())
         self.open_files = OpenFiles()

@@ -19,6 +19,7 @@ from fusesnap.errors import (
     PathNotFound,
 )
 from fusesnap.fetch.flight import Reader
+from fusesnap.fetch.link import open_link
 from fusesnap.fetch.realiser import Limits, Realiser
 from fusesnap.fetch.unpacking import ThreadUnpackers
 from fusesnap.images.digest import Digest
@@ -80,8 +81,9 @@ async def images(
         retry=RetryPolicy(sleep=at_once),
         deadline=10.0,
     )
+    link, unpackers = open_link(nursery), ThreadUnpackers(store)
     realiser = Realiser(
-        store, pool, ThreadUnpackers(store), nursery, Limits(), lambda pid: Reader(pid, "test")
+        store, pool, unpackers, link, nursery, Limits(), lambda pid: Reader(pid, "test")
     )
     return StoreImages(store, realiser, Platform("linux", "amd64"), tmp_path)
 

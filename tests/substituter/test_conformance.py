@@ -17,7 +17,7 @@ from fusesnap.errors import FusesnapError, InvalidData, PathNotFound, Unavailabl
 from fusesnap.nix.cache_info import CacheInfo
 from fusesnap.nix.narinfo import MAX_NARINFO_SIZE, NarInfo
 from fusesnap.nix.store_path import StoreDir
-from fusesnap.substituter.base import Substituter
+from fusesnap.substituter.base import Bookmark, Substituter
 from fusesnap.substituter.client import make_client
 from fusesnap.substituter.file import FileSubstituter
 from fusesnap.substituter.http import HttpSubstituter
@@ -235,6 +235,41 @@ async def test_reader_that_leaves_in_the_middle(world: World) -> None:
             first = await anext(pieces)
         assert published.file.startswith(first)
     assert await world.substituter.narinfo(published.path) == published.info
+
+
+# NARs do not go over HTTP/2, where a response that is given up can hold up those after it: see HttpSubstituter.
+CAN_BE_LEFT = pytest.mark.parametrize("world", ["memory", "file", "http1"], indirect=True)
+
+
+@CAN_BE_LEFT
+async def test_another_reading_goes_on_at_a_bookmark(world: World) -> None:
+    published = world.publish(sample(size=3 << 20, compression="none"))
+    bookmark, came = Bookmark(), b""
+    for stop_at in (1 << 20, 2 << 20, len(published.file)):
+        with trio.CancelScope() as scope:
+            async with world.substituter.nar(published.info, bookmark=bookmark) as pieces:
+                async for piece in pieces:
+                    came += piece
+                    if len(came) >= stop_at:
+                        scope.cancel()
+        assert bookmark.received == len(came)
+        assert bookmark.resumable
+    assert came == published.file
+    assert bookmark.length == len(published.file)
+
+
+@CAN_BE_LEFT
+async def test_bookmark_in_a_file_that_is_another_by_now(world: World) -> None:
+    published = world.publish(sample(size=3 << 20, compression="none"))
+    bookmark = Bookmark()
+    async with world.substituter.nar(published.info, bookmark=bookmark) as pieces:
+        await anext(pieces)
+    world.put(published.info.url, published.file + b"+")
+    unknown = published.but(file_size=None)
+    with pytest.raises(Unavailable):
+        async with world.substituter.nar(unknown.info, bookmark=bookmark) as pieces:
+            async for _ in pieces:
+                pass
 
 
 async def test_reader_that_is_cancelled_in_the_middle(world: World) -> None:

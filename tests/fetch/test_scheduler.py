@@ -1,0 +1,126 @@
+"""What is decided, step by step, at times that the test makes up."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from fusesnap.fetch.gauge import Width
+from fusesnap.fetch.priority import Priority
+from fusesnap.fetch.scheduler import (
+    FIRST_WINDOW,
+    LOOK_AGAIN,
+    STARVED,
+    TURN,
+    LinkLimits,
+    Load,
+    LoadState,
+    Scheduler,
+)
+
+MIB = 1 << 20
+
+
+@pytest.fixture
+def scheduler() -> Scheduler:
+    return Scheduler(LinkLimits())
+
+
+def add(
+    scheduler: Scheduler, priority: Priority, size: int | None = 50 * MIB, source: str = "a"
+) -> Load:
+    load = Load(priority, source, size)
+    scheduler.add(load)
+    return load
+
+
+def passing(scheduler: Scheduler, *busy: Load, seconds: float) -> Iterator[float]:
+    """Let time pass, in which those that are ``busy`` and run receive a MiB a second."""
+    for step in range(1, int(seconds / LOOK_AGAIN) + 1):
+        now = step * LOOK_AGAIN
+        for load in busy:
+            if load.state is LoadState.RUNNING:
+                scheduler.received(load, MIB // 4, now)
+        scheduler.decide(now)
+        yield now
+
+
+def test_nothing_starves_and_a_turn_ends(scheduler: Scheduler) -> None:
+    reader = add(scheduler, Priority.READER, None)
+    trace = add(scheduler, Priority.TRACE)
+    completion = add(scheduler, Priority.COMPLETION)
+    scheduler.decide(0)
+    ran: dict[Load, list[float]] = {trace: [], completion: []}
+    for now in passing(scheduler, reader, trace, completion, seconds=4 * STARVED):
+        assert reader.state is LoadState.RUNNING
+        for load, times in ran.items():
+            if load.state is LoadState.RUNNING:
+                times.append(now)
+        assert trace.state is not LoadState.RUNNING or completion.state is not LoadState.RUNNING
+    for times in ran.values():
+        assert STARVED <= times[0] <= STARVED + 2 * TURN
+        assert len(times) * LOOK_AGAIN <= 4 * TURN
+
+
+def test_it_says_nothing_of_what_stays_as_it_is(scheduler: Scheduler) -> None:
+    reader, rest = add(scheduler, Priority.READER), add(scheduler, Priority.REST)
+    assert scheduler.decide(0) == [reader]
+    assert scheduler.decide(1) == []
+    scheduler.remove(reader)
+    assert scheduler.decide(2) == [rest]
+    assert scheduler.looks_again() is None
+
+
+def test_a_window_holds_twice_what_is_on_its_way(scheduler: Scheduler) -> None:
+    assert scheduler.window("a") == FIRST_WINDOW
+    load = add(scheduler, Priority.READER, None)
+    scheduler.decide(0)
+    scheduler.asked(load, 0)
+    for step in range(1, 41):
+        scheduler.received(load, MIB, step * 0.25)
+    assert scheduler.round_trip("a") == 0.25
+    assert scheduler.rate == pytest.approx(4 * MIB)
+    assert scheduler.window("a") == pytest.approx(2 * MIB)
+    assert scheduler.window("b") == FIRST_WINDOW
+
+
+def test_a_held_connection_counts_but_for_readers() -> None:
+    scheduler = Scheduler(LinkLimits(connections=1))
+    rest = add(scheduler, Priority.REST)
+    scheduler.decide(0)
+    rest.holds = True
+    reader = add(scheduler, Priority.READER)
+    assert scheduler.decide(1) == [reader, rest]
+    assert [reader.state, rest.state] == [LoadState.RUNNING, LoadState.PAUSED]
+    scheduler.remove(reader)
+    trace = add(scheduler, Priority.TRACE)
+    scheduler.decide(2)
+    assert [trace.state, rest.state] == [LoadState.WAITING, LoadState.RUNNING]
+
+
+def test_those_of_unknown_size_are_taken_for_large() -> None:
+    scheduler = Scheduler(LinkLimits(transfers=8))
+    for _ in range(4):
+        add(scheduler, Priority.READER, None)
+    assert len(scheduler.decide(0)) == 2
+
+
+def test_one_more_transfer_is_given_up_where_it_brings_nothing() -> None:
+    width = Width(8)
+    received, tried = 0, []
+    for second in range(40):
+        width.look(second, received, limits=True)
+        tried.append(width.value)
+        received += 1000
+    assert set(tried) == {1, 2}
+    assert tried.count(2) < 10
+
+
+def test_as_many_transfers_as_bring_more_are_found() -> None:
+    width = Width(8)
+    received = 0
+    for second in range(40):
+        width.look(second, received, limits=True)
+        received += 1000 * min(width.value, 5)
+    assert width.value in (5, 6)
