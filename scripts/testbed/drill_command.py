@@ -6,13 +6,14 @@ import argparse
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
 from testbed import drills
 from testbed.drill_bed import FAST, Line, Materials, prepare_materials
 from testbed.drill_commits import kill_in_commits
+from testbed.drill_link import link_outage
 from testbed.drill_metastore import kill_in_transactions
 from testbed.drill_outage import outage
 from testbed.drill_outcome import Outcome
@@ -37,11 +38,27 @@ RELAYED: Mapping[str, Callable[..., Outcome]] = {
     "stop": drills.stop_worker,
     "reload": drills.reload,
 }
-NAMES = ("worker", "stop", "commit", "reload", "services", "metastore", "all", "containerd")
+NAMES = (
+    "worker",
+    "stop",
+    "commit",
+    "reload",
+    "services",
+    "metastore",
+    "all",
+    "containerd",
+    "outage",
+)
+OUTAGES = (1.0, 10.0, 60.0)  # seconds
 
 
 def runs(
-    name: str, materials: Materials, kills: int | None, seed: int, line: Line
+    name: str,
+    materials: Materials,
+    kills: int | None,
+    seed: int,
+    line: Line,
+    seconds: Sequence[float],
 ) -> Iterator[Run]:
     """The drills of that name: those that differ in relay mode run in both modes."""
     many = kills or KILLS.get(name, 1)
@@ -53,6 +70,8 @@ def runs(
         yield lambda: kill_in_transactions(materials, many, seed=seed)
     elif name == "containerd":
         yield lambda: drills.restart_containerd(materials, many, seed=seed, line=line)
+    elif name == "outage":
+        yield lambda: link_outage(materials, seconds, seed=seed, line=line)
     elif name == "all":
         yield lambda: outage(materials, seed=seed, line=FAST)
     else:
@@ -70,7 +89,10 @@ def main() -> int:
     line = Line(arguments.rate * 1e6, arguments.round_trip / 1e3)
     wrong = 0
     for name in arguments.drills or NAMES:
-        for number, run in enumerate(runs(name, materials, arguments.kills, arguments.seed, line)):
+        drills_of_name = runs(
+            name, materials, arguments.kills, arguments.seed, line, arguments.seconds
+        )
+        for number, run in enumerate(drills_of_name):
             if arguments.relay is not None and number != (arguments.relay == RELAY):
                 continue
             start = time.monotonic()
@@ -87,6 +109,7 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="scripts/drill")
     parser.add_argument("drills", nargs="*", choices=[*NAMES, []], metavar="DRILL")
     parser.add_argument("--kills", type=int)
+    parser.add_argument("--seconds", type=float, nargs="+", default=OUTAGES)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--rate", type=float, default=20)
     parser.add_argument("--round-trip", type=float, default=80)

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import pytest
 from testbed import drills
-from testbed.drill_bed import FAST, Materials, prepare_materials
+from testbed.drill_bed import FAST, Line, Materials, prepare_materials
 from testbed.drill_commits import kill_in_commits
+from testbed.drill_link import link_outage
 from testbed.drill_metastore import kill_in_transactions
 from testbed.drill_outage import outage
 from testbed.drill_outcome import Outcome
@@ -69,3 +70,7 @@ def test_when_everything_is_killed_only_missing_paths_are_lost_until_the_next_st
 
 def test_a_restart_of_containerd_affects_nothing(materials: Materials) -> None:
     check(drills.restart_containerd(materials, 1, seed=SEED, line=FAST), 1)
+
+
+def test_who_waits_while_the_link_is_down_goes_on_when_it_is_back(materials: Materials) -> None:
+    check(link_outage(materials, [1.0], seed=SEED, line=Line(20e6, 0.02)), 2)
