@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import os
 import platform as machine
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -213,3 +216,150 @@ def platform_of(arch: str | None) -> Any:
         if arch is None:
             raise
         return Platform.parse(f"linux/{arch}")
+
+
+architecture = click.option(
+    "--arch",
+    metavar="ARCH[/VARIANT]",
+    help="Which image of several, as amd64 or arm64. Default: this machine's.",
+)
+
+
+@image.command()
+@click.argument("name", metavar="IMAGE")
+@click.argument("reference", required=False, metavar="[REF]")
+@architecture
+@click.option(
+    "--plain-http",
+    is_flag=True,
+    help="No TLS. For a registry on this machine none is expected anyway.",
+)
+@options.state
+@options.fetching
+def push(
+    name: str, reference: str | None, arch: str | None, plain_http: bool, **fetching: Any
+) -> None:
+    """Push IMAGE to a registry as REF, registry.example.org/redis:7 for instance.
+
+    Without REF the image goes where its own name says. Blobs that are there are not sent again. Passwords are those of
+    `docker login` or `podman login`, credential helpers included.
+
+    \b
+    fusesnap image push redis.tar registry.example.org/redis:7
+    fusesnap image push nix:0/nix/store/<hash>-redis-7.0.15 registry.example.org/redis:7
+    """
+    import trio  # noqa: PLC0415
+
+    from fusesnap.cli.progress import FetchProgress  # noqa: PLC0415
+    from fusesnap.daemon.image_push import PushOrder, push_image  # noqa: PLC0415
+    from fusesnap.registry.reference import parse_registry_reference  # noqa: PLC0415
+
+    settings = settings_of(fetching)
+    target = parse_registry_reference(reference if reference is not None else own_name(name))
+    order = PushOrder(name, target, platform_of(arch), credential_files(), plain_http)
+    with FetchProgress() as progress:
+        done = trio.run(push_image, settings, order, progress.update)
+    click.echo(
+        f"{target}@{done.digest}: {done.sent} blobs with {bytes_for_people(done.sent_bytes)} sent,"
+        f" {done.present} were there"
+    )
+
+
+@image.command()
+@click.argument("name", metavar="IMAGE")
+@architecture
+@click.option("--json", "as_json", is_flag=True, help="For scripts: one JSON object.")
+@options.state
+@options.fetching
+def inspect(name: str, arch: str | None, as_json: bool, **fetching: Any) -> None:
+    """Show what IMAGE is: how it starts, its layers, the store paths that it stands for, and where those are."""
+    import trio  # noqa: PLC0415
+
+    from fusesnap.cli.progress import LiveLine  # noqa: PLC0415
+    from fusesnap.daemon.image_inspection import inspect_image  # noqa: PLC0415
+
+    with LiveLine() as line:
+        report = trio.run(
+            inspect_image, settings_of(fetching), name, platform_of(arch), line.update
+        )
+    click.echo(json.dumps(report, indent=2) if as_json else "\n".join(lines(report)))
+
+
+def lines(report: dict[str, Any]) -> list[str]:
+    """An inspection, for people."""
+    run = report["config"]
+    facts = [
+        ("image", report["manifest"]),
+        ("id", report["id"]),
+        ("platform", report["platform"]),
+        *(
+            (key, shlex.join(run[name]))
+            for key, name in (("entrypoint", "Entrypoint"), ("cmd", "Cmd"), ("env", "Env"))
+            if run.get(name)
+        ),
+        *(
+            (key, run[name])
+            for key, name in (("user", "User"), ("workdir", "WorkingDir"))
+            if run.get(name)
+        ),
+    ]
+    return [
+        *(f"{key:<11}{value}" for key, value in facts),
+        *(_layer_line(number, layer) for number, layer in enumerate(report["layers"])),
+        "",
+        *(_path_line(path) for path in report["paths"]),
+        *([""] if report["paths"] else []),
+        _summary(report),
+    ]
+
+
+def _layer_line(number: int, layer: dict[str, Any]) -> str:
+    stands_for = f", {layer['store_paths']} store paths" if layer["store_paths"] else ""
+    return (
+        f"{f'layer {number}':<11}{layer['digest']}, {bytes_for_people(layer['size'])}{stands_for}"
+    )
+
+
+def _path_line(path: dict[str, Any]) -> str:
+    size = bytes_for_people(path["nar_size"]) if path["nar_size"] is not None else "?"
+    where = "here" if path["present"] else path["cache"] or "nowhere"
+    return f"{size:>9}  {where:<30}  {path['path']}"
+
+
+def _summary(report: dict[str, Any]) -> str:
+    paths = report["paths"]
+    if not paths:
+        return "no store paths: an ordinary image"
+    missing = [path for path in paths if not path["present"]]
+    text = f"{len(paths)} store paths with {bytes_for_people(report['nar_size'])}: {len(paths) - len(missing)} are here"
+    if missing:
+        text += (
+            f", {len(missing)} with {bytes_for_people(report['missing_nar_size'])} are to be fetched"
+            f" ({bytes_for_people(report['missing_file_size'])} over the network)"
+        )
+    if report["unavailable"]:
+        text += f"; {report['unavailable']} cannot be had"
+    return text
+
+
+def own_name(image_name: str) -> str:
+    """The name that an archive or layout says its image has."""
+    from fusesnap.daemon.image_sources import local_image, name_of  # noqa: PLC0415
+
+    path, reference = local_image(image_name)
+    return reference if reference is not None else name_of(path)
+
+
+def credential_files() -> list[Path]:
+    """Where `docker login` and `podman login` keep passwords, in the order in which they are looked for."""
+    home = Path.home()
+    docker = Path(os.environ.get("DOCKER_CONFIG") or home / ".docker")
+    named = os.environ.get("REGISTRY_AUTH_FILE")
+    runtime = os.environ.get("XDG_RUNTIME_DIR")
+    config = Path(os.environ.get("XDG_CONFIG_HOME") or home / ".config")
+    return [
+        *([Path(named)] if named else []),
+        docker / "config.json",
+        *([Path(runtime) / "containers" / "auth.json"] if runtime else []),
+        config / "containers" / "auth.json",
+    ]

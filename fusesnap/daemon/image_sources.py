@@ -12,6 +12,8 @@ import trio
 
 from fusesnap.daemon.build import Node
 from fusesnap.errors import InvalidArgument, InvalidData
+from fusesnap.images.blobs import LayoutArchive, LayoutDirectory, LayoutFiles
+from fusesnap.images.documents import MAX_DOCUMENT_SIZE, parse_index
 from fusesnap.images.opening import OpenImage, open_image
 from fusesnap.images.platform import Platform
 from fusesnap.images.reference import parse_reference
@@ -19,6 +21,8 @@ from fusesnap.images.store_images import StoreImages
 from fusesnap.nix.quoting import quote
 from fusesnap.nix.store_path import StorePath
 
+# What containerd, nerdctl and we write; the annotation of the specification may be the tag alone.
+_FULL_NAME: Final = "io.containerd.image.name"
 # As containers-transports(5) calls them. What a file is, it says itself; the words are for those who are used to them.
 TRANSPORTS: Final = ("oci", "oci-archive", "docker-archive")
 
@@ -32,6 +36,28 @@ def local_image(text: str) -> tuple[Path, str | None]:
     if not path:
         raise InvalidArgument(f"{quote(text)}: expected a path after '{transport}:'")
     return Path(path), reference or None
+
+
+def name_of(path: Path) -> str:
+    """The full name of the only image in an archive or layout. Raises InvalidArgument where there is none."""
+    files: LayoutFiles = (
+        LayoutDirectory(path) if path.is_dir() else LayoutArchive(path, scratch=path.parent)
+    )
+    with files:
+        region = files.find("index.json")
+        if region is None:
+            raise InvalidArgument(f"{path}: says no name for the image: give one")
+        with region:
+            if region.size > MAX_DOCUMENT_SIZE:
+                raise InvalidData(f"{region.name}: expected at most {MAX_DOCUMENT_SIZE} bytes")
+            index = parse_index(b"".join(region.pieces()), f"{path}: index.json", None)
+    names = {
+        name for entry in index.manifests if (name := entry.annotations.get(_FULL_NAME)) is not None
+    }
+    if len(names) != 1:
+        said = f"{len(names)} names" if names else "no name"
+        raise InvalidArgument(f"{path}: says {said} for the image: give one")
+    return names.pop()
 
 
 async def store_path(node: Node, text: str) -> StorePath:

@@ -69,7 +69,7 @@ class NixLayers:
 
         Raises ``InvalidArgument`` for labels that cannot be used, and as ``PathSource.admit`` and ``realise`` do.
         """
-        paths = await self._named(labels)
+        paths = await self.named(labels)
         await self.ensure_admitted(paths)
         return paths
 
@@ -89,7 +89,7 @@ class NixLayers:
         Every path that it stands for can be had then, and every path that it adds to is committed. Raises as
         :meth:`labelled`.
         """
-        named = await self._named(labels)
+        named = await self.named(labels)
         content = await trio.to_thread.run_sync(read_layer, layer, self._store_dir)
         by_content = self._by_content and not await trio.to_thread.run_sync(
             self._replaces, content, lowers, below
@@ -134,7 +134,8 @@ class NixLayers:
         committed = await trio.to_thread.run_sync(self._store.committed_among, wanted)
         return [path for path in wanted if path not in committed]
 
-    async def _named(self, labels: Mapping[str, str]) -> tuple[StorePath, ...]:
+    async def named(self, labels: Mapping[str, str]) -> tuple[StorePath, ...]:
+        """The store paths that labels name, whether they can be had or not. Raises as :meth:`labelled`."""
         try:
             said = parse_nix_labels(labels, self._store_dir)
         except InvalidData as error:

@@ -30,9 +30,21 @@ class Registry:
         return f"127.0.0.1:{port or self.port}/{name}"
 
 
+# For USER with the password SECRET, in the form of htpasswd(1) with bcrypt, which is all that the registry takes.
+USER, SECRET = "tester", "secret"
+_HTPASSWD = f"{USER}:$2b$04$abcdefghijklmnopqrstuu2r9OfJnfCsdneAXAGHnS4UpFFP8WIrW\n"
+
+
 @contextlib.contextmanager
-def registry(work: Path) -> Iterator[Registry]:
-    """Run a registry for the time of the context; its images are kept in ``work``."""
+def registry(work: Path, *, locked: bool = False) -> Iterator[Registry]:
+    """Run a registry for the time of the context; its images are kept in ``work``.
+
+    One that is ``locked`` knows nobody but USER.
+    """
+    authentication: dict[str, object] = {}
+    if locked:
+        (work / "htpasswd").write_text(_HTPASSWD)
+        authentication = {"auth": {"htpasswd": {"realm": "test", "path": str(work / "htpasswd")}}}
     port = free_port()
     configuration = work / "registry.json"  # YAML, of which JSON is a part
     configuration.write_text(
@@ -41,6 +53,7 @@ def registry(work: Path) -> Iterator[Registry]:
                 "version": "0.1",
                 "log": {"level": "warn"},
                 "storage": {"filesystem": {"rootdirectory": str(work / "registry")}},
+                **authentication,
                 "http": {"addr": f"127.0.0.1:{port}", "relativeurls": True, "secret": "testbed"},
             }
         )
