@@ -7,6 +7,7 @@ import os
 import re
 import tomllib
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal
 from urllib.parse import urlsplit
@@ -23,6 +24,8 @@ DEFAULT_KEY = "cache.nixos.org-1:6NCHdD59X431o0gWypbMrAURkbJ16ZPMQFGspcDShjY="
 DEFAULT_ROOT = Path("/var/lib/fusesnap")
 SOCKET_NAME = "fusesnap.sock"
 DEFAULT_CONTAINERD = Path("/run/containerd/containerd.sock")
+
+MAX_PORT: Final = 65535
 
 _SIZE: Final = re.compile(r"([0-9]+)|([0-9]+(?:\.[0-9]+)?)([KMGT])(?:i?B)?", re.IGNORECASE)
 _UNITS: Final = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
@@ -112,6 +115,38 @@ class Store(BaseModel):
         return parse_size(value)
 
 
+@dataclass(frozen=True, slots=True)
+class MetricsAddress:
+    """Where Prometheus finds us: ``host`` and ``port``, or the unix socket ``path``."""
+
+    host: str = ""
+    port: int = 0
+    path: str | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> MetricsAddress:
+        """``host:port`` (``[::1]:9464``), or ``unix:/path``. Raises ``ValueError``."""
+        expected = f"{text!r}: expected host:port, as '127.0.0.1:9464', or 'unix:/path'"
+        if text.startswith("unix:"):
+            path = text.removeprefix("unix:")
+            if not path.startswith("/") or "\0" in path:
+                raise ValueError(expected)
+            return cls(path=path)
+        host, _, port = text.rpartition(":")
+        bare = host[1:-1] if host.startswith("[") and host.endswith("]") else host
+        if not bare or (":" in bare and bare == host) or not re.fullmatch(r"[0-9]{1,5}", port):
+            raise ValueError(expected)
+        if int(port) > MAX_PORT:
+            raise ValueError(f"{text!r}: a port is a number up to {MAX_PORT}")
+        return cls(bare, int(port))
+
+    def __str__(self) -> str:
+        if self.path is not None:
+            return f"unix:{self.path}"
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"{host}:{self.port}"
+
+
 class Settings(BaseModel):
     """The whole configuration of a daemon, a mount or a prefetch.
 
@@ -158,8 +193,17 @@ class Settings(BaseModel):
     containerd_address: Path = Field(
         DEFAULT_CONTAINERD, description="containerd's own socket, for images and diffs"
     )
+    metrics: str | None = Field(
+        None,
+        description="where Prometheus may ask: host:port, or unix:/path; not at all if not given",
+    )
     fetch: Fetch = Field(default_factory=Fetch)
     store: Store = Field(default_factory=Store)
+
+    @field_validator("metrics")
+    @classmethod
+    def _metrics(cls, text: str | None) -> str | None:
+        return None if text is None else str(MetricsAddress.parse(text))
 
     @field_validator("substituters")
     @classmethod

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from fusesnap.config import DEFAULT_KEY, DEFAULT_SUBSTITUTER, load, parse_size
+from fusesnap.config import DEFAULT_KEY, DEFAULT_SUBSTITUTER, MetricsAddress, load, parse_size
 from fusesnap.errors import InvalidConfiguration
 
 KEY = "testbed-1:" + "A" * 43 + "="
@@ -149,3 +149,29 @@ def test_tokens_are_by_cache_and_only_servers_take_them(tmp_path: Path) -> None:
         InvalidConfiguration, match=r"token-files: 'cache.example.org': the https://"
     ):
         load(path, {})
+
+
+@pytest.mark.parametrize(
+    ("text", "address"),
+    [
+        ("127.0.0.1:9464", MetricsAddress("127.0.0.1", 9464)),
+        ("[::1]:9464", MetricsAddress("::1", 9464)),
+        ("node.example.org:0", MetricsAddress("node.example.org", 0)),
+        ("unix:/run/m.sock", MetricsAddress(path="/run/m.sock")),
+    ],
+)
+def test_metrics_are_at_an_address_or_a_socket(
+    tmp_path: Path, text: str, address: MetricsAddress
+) -> None:
+    settings = load(write(tmp_path, f'metrics = "{text}"\n'), {})
+    assert settings.metrics == text
+    assert MetricsAddress.parse(text) == address
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", ":9464", "9464", "host", "host:", "host:http", "::1:9464", "host:99999", "unix:relative"],
+)
+def test_another_address_of_metrics_is_refused(tmp_path: Path, text: str) -> None:
+    with pytest.raises(InvalidConfiguration, match=r"fusesnap.toml: metrics: .*(expected|port)"):
+        load(write(tmp_path, f'metrics = "{text}"\n'), {})

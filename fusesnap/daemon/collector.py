@@ -22,15 +22,20 @@ class Collector:
     """Collects in the background what ``limits`` say is too much, and says how the store stands.
 
     ``release`` lets go of what only a mount kept that is gone by now: a client may remove a snapshot before the kernel
-    has let go of its mount, and nobody tells us when it has.
+    has let go of its mount, and nobody tells us when it has. ``collected`` is told what was removed.
     """
 
     def __init__(
-        self, store: LocalStore, limits: Store, release: Callable[[], Awaitable[None]]
+        self,
+        store: LocalStore,
+        limits: Store,
+        release: Callable[[], Awaitable[None]],
+        collected: Callable[[Collected], None] = lambda _: None,
     ) -> None:
         self._store = store
         self._limits = limits
         self._release = release
+        self._collected = collected
         self._told = False  # that there is too much, and nothing to collect
 
     async def run(self) -> None:
@@ -40,7 +45,7 @@ class Collector:
                 await self._release()
                 if self._limits.max_size or self._limits.min_free:
                     # Not abandoned when we are cancelled: it ends with its batch.
-                    await trio.to_thread.run_sync(self.collect)
+                    self._collected(await trio.to_thread.run_sync(self.collect))
             except FusesnapError as error:
                 log.warning("collecting garbage failed: %s", error)
             await trio.sleep(self._limits.check_every)

@@ -41,7 +41,7 @@ async def serve(
     path: Path, calls: Mapping[str, Answer], task_status: trio.TaskStatus[None]
 ) -> None:
     """Answer ``calls`` by name on the unix socket ``path``, taking over from whoever listened there."""
-    listener = _listen(path)
+    listener = listen(path)
     task_status.started()
 
     async def handle(stream: trio.SocketStream) -> None:
@@ -114,7 +114,11 @@ async def _receive_line(stream: trio.SocketStream) -> dict[str, Any]:
     return parsed
 
 
-def _listen(path: Path) -> trio.socket.SocketType:
+def listen(path: Path) -> trio.socket.SocketType:
+    """Listen on the unix socket ``path``, which only our user may use, taking over from whoever listened there.
+
+    Raises ``InvalidConfiguration`` for a path that is too long, ``OSError`` for one that cannot be had.
+    """
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
     # Bound under another name and renamed over the live one: there is no moment without a listener.
     fresh = path.with_name(f"{path.name}.{os.getpid()}")

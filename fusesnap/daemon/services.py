@@ -15,7 +15,7 @@ from functools import partial
 
 import trio
 
-from fusesnap.config import Settings, handed_down
+from fusesnap.config import MetricsAddress, Settings, handed_down
 from fusesnap.daemon import control
 from fusesnap.daemon.build import Node, open_node, plain_errors
 from fusesnap.daemon.collector import Collector
@@ -24,10 +24,12 @@ from fusesnap.daemon.lazy_layer import WorkerMount
 from fusesnap.daemon.logs import explained, log_to_stderr
 from fusesnap.daemon.path_source import HintingPathSource
 from fusesnap.daemon.signals import stop_on_signal
+from fusesnap.daemon.telemetry.exposition import serve_metrics
+from fusesnap.daemon.telemetry.picture import gather
 from fusesnap.daemon.telemetry.reports import StartReports
 from fusesnap.daemon.telemetry.snapshots import ObservedSnapshots
 from fusesnap.daemon.turn import wait_for_turn
-from fusesnap.daemon.waits import WorkersWaits, cancel, status
+from fusesnap.daemon.waits import WorkersWaits, cancel, moment, status
 from fusesnap.filesystem.views import Views
 from fusesnap.images.platform import Platform
 from fusesnap.images.store_images import StoreImages
@@ -44,6 +46,7 @@ from fusesnap.snapshots.farms import Farms
 from fusesnap.snapshots.metastore import Metastore
 from fusesnap.snapshots.overlay import OverlayOptions
 from fusesnap.snapshots.snapshotter import Snapshotter
+from fusesnap.store.local_store import Collected
 
 PR_SET_PDEATHSIG = 1  # include/uapi/linux/prctl.h
 
@@ -56,7 +59,9 @@ async def run(settings: Settings, ready: int) -> None:
             waits = WorkersWaits(settings.root / control.SOCKET_NAME)
             snapshotter = build_snapshotter(node, nursery, waits)
             await snapshotter.recover()
-            collector = Collector(node.store, settings.store, snapshotter.cleanup)
+            collector = Collector(
+                node.store, settings.store, snapshotter.cleanup, partial(count_evicted, node)
+            )
             reports = StartReports(node.telemetry, waits.flush)
             calls: dict[str, Call] = {
                 "Starts": reports.starts,
@@ -76,6 +81,17 @@ async def run(settings: Settings, ready: int) -> None:
             os.close(ready)
             await snapshotter.remove_leftovers()
             nursery.start_soon(collector.run)
+            if settings.metrics is not None:
+                picture = partial(
+                    gather, node.store, node.telemetry, partial(moment, node, snapshotter, waits)
+                )
+                nursery.start_soon(serve_metrics, MetricsAddress.parse(settings.metrics), picture)
+
+
+def count_evicted(node: Node, collected: Collected) -> None:
+    """Garbage was removed to stay within the limits."""
+    node.telemetry.counters.add("fusesnap_evicted_paths", len(collected.paths))
+    node.telemetry.counters.add("fusesnap_evicted_bytes", collected.size)
 
 
 def build_snapshotter(node: Node, nursery: trio.Nursery, waits: WorkersWaits) -> Snapshotter:

@@ -81,7 +81,15 @@ async def status(
     collector: Collector,
     question: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """What ``fusesnap status`` shows, also while the worker is away: then without what only it knows."""
+    """What ``fusesnap status`` shows."""
+    return {
+        **await moment(node, snapshotter, waits),
+        "store": await trio.to_thread.run_sync(collector.status),
+    }
+
+
+async def moment(node: Node, snapshotter: Snapshotter, waits: WorkersWaits) -> dict[str, Any]:
+    """What is so now, also while the worker is away: then without what only it knows. The store is not measured."""
     try:
         answer = await waits.status()
     except FusesnapError as error:
@@ -98,7 +106,6 @@ async def status(
     dependents = await trio.to_thread.run_sync(fuse_dependents, node, uppers)
     return {
         **answer,
-        "store": await trio.to_thread.run_sync(collector.status),
         "depend_on_fuse": dependents,
         "services": {"pid": os.getpid()},
         "supervisor": {"pid": os.getppid()},

@@ -1,0 +1,89 @@
+"""A real daemon is scraped, before and after its worker is killed."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import httpx
+from prometheus_client.parser import text_string_to_metric_families
+from testbed.binary_cache import HttpCache
+from testbed.images import Layer
+from testbed.synthetic import SimpleClosure
+
+from .conftest import SHELL, Node
+
+NixLayers = Callable[..., Layer]
+Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
+
+
+def scrape(socket: Path) -> tuple[Samples, set[str]]:
+    """Every sample by name and labels, and the names of those that never go back."""
+    transport = httpx.HTTPTransport(uds=str(socket))
+    with httpx.Client(transport=transport, base_url="http://node", timeout=30) as client:
+        answer = client.get("/metrics").raise_for_status()
+    families = list(text_string_to_metric_families(answer.text))
+    samples = {
+        (sample.name, frozenset(sample.labels.items())): sample.value
+        for family in families
+        for sample in family.samples
+    }
+    growing = {
+        sample.name
+        for family in families
+        for sample in family.samples
+        if family.type in ("counter", "histogram")
+    }
+    return samples, growing
+
+
+def value(samples: Samples, name: str, **labels: str) -> float:
+    return samples[name, frozenset(labels.items())]
+
+
+def test_counters_go_on_when_the_worker_is_killed(
+    make_node: Callable[..., Node],
+    cache: HttpCache,
+    simple: SimpleClosure,
+    base_layer: Layer,
+    nix_layers: NixLayers,
+    work: Path,
+) -> None:
+    socket = work / "m.sock"
+    (work / "metrics.toml").write_text(f'metrics = "unix:{socket}"\n')
+    node = make_node(cache.url, options=["--config", str(work / "metrics.toml")])
+    reference = node.pull([base_layer, nix_layers()])
+    node.containerd.run(reference, "one", *SHELL, f"wc -c < {simple.large}/data")
+
+    # The worker writes what it counted twice a second.
+    def came() -> bool:
+        labels = frozenset({"cache": cache.url, "reason": "reader"}.items())
+        return scrape(socket)[0].get(("fusesnap_fetched_bytes_total", labels), 0) > 5_000_000
+
+    node.daemon.service.wait_until(came)
+    before, _ = scrape(socket)
+    assert value(before, "fusesnap_worker_up") == 1
+    assert value(before, "fusesnap_worker_starts_total") == 1
+    assert value(before, "fusesnap_cache_up", cache=cache.url) == 1
+    assert value(before, "fusesnap_cache_breaker", cache=cache.url, state="closed") == 1
+    assert value(before, "fusesnap_requests_waiting", **{"for": "transfer"}) == 0
+    assert value(before, "fusesnap_store_bytes") > 5_000_000
+    assert value(before, "fusesnap_store_paths", state="committed") >= 2
+    assert value(before, "fusesnap_requests_total", operation="lookup", source="fetched") >= 2
+    assert value(before, "fusesnap_requests_total", operation="read", source="store") > 0
+    assert value(before, "fusesnap_read_bytes_total") > 5_000_000
+    assert value(before, "fusesnap_reader_wait_seconds_count", operation="lookup") >= 2
+    assert value(before, "fusesnap_snapshot_call_seconds_count", call="prepare") >= 3
+
+    worker = node.daemon.status()["worker"]["pid"]
+    os.kill(worker, signal.SIGKILL)
+    node.containerd.run(reference, "two", *SHELL, f"ls -R {simple.tree} > /dev/null")
+    node.daemon.service.wait_until(
+        lambda: value(scrape(socket)[0], "fusesnap_worker_starts_total") == 2
+    )
+    after, growing = scrape(socket)
+    gone_back = [which for which in before if which[0] in growing and after[which] < before[which]]
+    assert gone_back == []
+    assert value(after, "fusesnap_worker_up") == 1
