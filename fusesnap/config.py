@@ -147,6 +147,25 @@ class MetricsAddress:
         return f"{host}:{self.port}"
 
 
+class Traces(BaseModel):
+    """Table ``[traces]``: what is done about the order in which an image's start reads its store paths."""
+
+    model_config = ConfigDict(
+        extra="forbid", alias_generator=lambda name: name.replace("_", "-"), allow_inf_nan=False
+    )
+
+    record: bool = Field(True, description="record what starts of containers read")
+    replay: bool = Field(
+        True,
+        description="fetch what an earlier start of the same image has read before this one asks",
+    )
+    idle: float = Field(
+        10.0,
+        gt=0,
+        description="seconds after which a start is over that reads nothing new, and waits for nothing",
+    )
+
+
 class Settings(BaseModel):
     """The whole configuration of a daemon, a mount or a prefetch.
 
@@ -199,6 +218,7 @@ class Settings(BaseModel):
     )
     fetch: Fetch = Field(default_factory=Fetch)
     store: Store = Field(default_factory=Store)
+    traces: Traces = Field(default_factory=Traces)
 
     @field_validator("metrics")
     @classmethod
@@ -311,7 +331,7 @@ def _explain(source: str, problem: Any) -> str:
     return f"{source}: {key}: {problem['msg'].removeprefix('Value error, ')}"
 
 
-_TABLES: Final[dict[str, type[BaseModel]]] = {"fetch": Fetch, "store": Store}
+_TABLES: Final[dict[str, type[BaseModel]]] = {"fetch": Fetch, "store": Store, "traces": Traces}
 
 
 def _known(model: type[BaseModel]) -> Iterable[str]:

@@ -17,6 +17,7 @@ from fusesnap.cli.publish import publish
 from fusesnap.cli.start_report import start_report
 from fusesnap.cli.status import status
 from fusesnap.cli.store import store
+from fusesnap.cli.trace import trace
 from fusesnap.errors import FusesnapError
 from fusesnap.exit_codes import exit_code, table
 
@@ -55,6 +56,7 @@ for command in (
     start_report,
     cancel,
     store,
+    trace,
     doctor,
     completion,
 ):

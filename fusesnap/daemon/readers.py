@@ -46,16 +46,21 @@ def is_thread_of(thread: int, process: int, proc: Path = PROC) -> bool:
     return thread == process or (proc / str(process) / "task" / str(thread)).exists()
 
 
+def container_of(pid: int, proc: Path = PROC) -> str | None:
+    """The upper directory of the root that a thread has; ``None`` where it has none, or is gone."""
+    try:
+        return root_upper(proc / str(pid) / "mountinfo")
+    except StorageFailure:
+        return None
+
+
 def snapshots_of(
     pids: Iterable[int], uppers: Mapping[str, str], proc: Path = PROC
 ) -> dict[int, str]:
     """The snapshot that each process has as its root, where it has one; ``uppers`` are their upper directories."""
     found = {}
     for pid in set(pids):
-        try:
-            upper = root_upper(proc / str(pid) / "mountinfo")
-        except StorageFailure:  # it has gone meanwhile
-            continue
+        upper = container_of(pid, proc)
         if upper is not None and upper in uppers:
             found[pid] = uppers[upper]
     return found

@@ -28,6 +28,7 @@ from fusesnap.daemon.telemetry.exposition import serve_metrics
 from fusesnap.daemon.telemetry.picture import gather
 from fusesnap.daemon.telemetry.reports import StartReports
 from fusesnap.daemon.telemetry.snapshots import ObservedSnapshots
+from fusesnap.daemon.traces import HintedStarts
 from fusesnap.daemon.turn import wait_for_turn
 from fusesnap.daemon.waits import WorkersWaits, cancel, moment, status
 from fusesnap.filesystem.views import Views
@@ -110,6 +111,7 @@ def build_snapshotter(node: Node, nursery: trio.Nursery, waits: WorkersWaits) ->
         recognise_by_content=node.settings.recognise_by_content,
         clock=time.time,
         release_readers=waits.release_for_removal,
+        starts=HintedStarts(node.store_dir, root / control.SOCKET_NAME, nursery),
         nursery=nursery,
     )
 

@@ -19,6 +19,7 @@ from fusesnap.daemon.readers import identify, is_dying
 from fusesnap.daemon.signals import stop_on_signal
 from fusesnap.daemon.watching import Watch, draw
 from fusesnap.errors import Unsupported
+from fusesnap.filesystem.accesses import Opened
 from fusesnap.filesystem.error_counts import ErrorCounts
 from fusesnap.filesystem.image_nodes import ImageNodes
 from fusesnap.filesystem.inode import InodeKind
@@ -77,7 +78,8 @@ def serving(
 ) -> Iterator[None]:
     """The mount, with what answers it."""
     open_files = OpenFiles()
-    store_nodes = StoreNodes(node.store, node.realiser, open_files, waiting, node.loader.opened)
+    accesses = Opened(node.loader.opened)
+    store_nodes = StoreNodes(node.store, node.realiser, open_files, waiting, accesses)
     image_nodes = ImageNodes(rootfs, shown_paths(rootfs), store_nodes)
     parts: dict[InodeKind, Nodes] = {
         InodeKind.FIXED: image_nodes,

@@ -24,8 +24,12 @@ from fusesnap.daemon.logs import explained, log_to_stderr
 from fusesnap.daemon.readers import identify, is_dying, is_thread_of
 from fusesnap.daemon.signals import stop_on_signal
 from fusesnap.daemon.status import status_of_wait, worker_status
+from fusesnap.daemon.traces import calls as trace_calls
+from fusesnap.daemon.traces import make_recorder, make_traces
 from fusesnap.daemon.turn import BEAT, READY, wait_for_turn
 from fusesnap.fetch.priority import Priority
+from fusesnap.fetch.traces.traces import Traces
+from fusesnap.filesystem.accesses import Recorded
 from fusesnap.filesystem.error_counts import ErrorCounts
 from fusesnap.filesystem.inode import InodeKind
 from fusesnap.filesystem.layer_nodes import LayerNodes
@@ -56,6 +60,7 @@ class Worker:
     waiting: WaitingRequests
     send_again: Callable[[], object]
     open_files: OpenFiles
+    traces: Traces
 
 
 async def serve(
@@ -67,9 +72,9 @@ async def serve(
             open_files = OpenFiles()
             views = Views(settings.root / "views.sqlite")
             waiting = WaitingRequests(identify, ErrorCounts(), node.telemetry.wait)
-            store_nodes = StoreNodes(
-                node.store, node.realiser, open_files, waiting, node.loader.opened
-            )
+            recorder = make_recorder(node)
+            accesses = Recorded(recorder, node.loader.opened)
+            store_nodes = StoreNodes(node.store, node.realiser, open_files, waiting, accesses)
             parts: dict[InodeKind, Nodes] = {
                 InodeKind.FIXED: LayerNodes(store_nodes, views),
                 InodeKind.STORE: store_nodes,
@@ -78,8 +83,10 @@ async def serve(
             operations = Operations(parts, node.store.layer)
             node.telemetry.watch(lambda: totals_of(operations, waiting))
             node.telemetry.counters.add("fusesnap_worker_starts")
+            traces = make_traces(node, recorder, waiting)
             with connected(fuse, init_request, operations) as send_again:
-                await answer(Worker(node, operations, waiting, send_again, open_files), ready)
+                worker = Worker(node, operations, waiting, send_again, open_files, traces)
+                await answer(worker, ready)
             open_files.close()
             views.close()
 
@@ -112,10 +119,12 @@ async def answer(worker: Worker, ready: int) -> None:
         nursery.start_soon(worker.waiting.release_killed, is_dying)
         nursery.start_soon(close_removed, worker.open_files)
         address = worker.node.settings.root / control.SOCKET_NAME
-        await nursery.start(control.serve, address, calls(worker))
+        answers = {**calls(worker), **trace_calls(worker.node, worker.traces, nursery)}
+        await nursery.start(control.serve, address, answers)
         nursery.start_soon(say_alive, ready)
         # Not before the mount is joined: those who wait for an answer wait longer than those who wait for a path.
         worker.node.unpackers.start()
+        nursery.start_soon(worker.traces.run)
         await answer_requests(MAX_TASKS, worker.send_again)
         nursery.cancel_scope.cancel()
 

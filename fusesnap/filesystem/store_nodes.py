@@ -5,12 +5,13 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from functools import partial
 
 from fusesnap.errors import InvalidData, NotFound, Unavailable
 from fusesnap.fetch.realiser import Realiser
+from fusesnap.filesystem.accesses import Accesses
 from fusesnap.filesystem.inode import Inode, InodeKind
 from fusesnap.filesystem.nodes import FOREVER, Attributes, DirectoryEntry, directory
 from fusesnap.filesystem.open_files import OpenFiles
@@ -43,10 +44,9 @@ class StoreNodes:
         realiser: Realiser,
         open_files: OpenFiles,
         waiting: WaitingRequests,
-        opened: Callable[[int, Tree, int], None],
+        accesses: Accesses,
     ) -> None:
-        """``opened`` is told of each file that is opened: by its path's ordinal, its tree, and the entry in it."""
-        self._opened = opened
+        self._accesses = accesses
         self._store = store
         self._realiser = realiser
         self._open_files = open_files
@@ -67,6 +67,7 @@ class StoreNodes:
     async def root(self, path: StorePath, view: int, pid: int | None) -> Attributes:
         """The root of a path of unknown kind: known once the path is committed."""
         inode = Inode(InodeKind.STORE, 0, self._pinned(path).ordinal, view)
+        self._accesses.accessed(inode.ordinal, pid)
         tree = self._realiser.cached_tree(inode.ordinal)
         if tree is None:
             tree = await self._wait(Question("lookup", path, inode.number, pid=pid))
@@ -119,7 +120,8 @@ class StoreNodes:
     async def open(self, inode: Inode, pid: int | None) -> None:
         """See ``Nodes``."""
         self._waiting.opened(inode.number, pid)
-        self._opened(inode.ordinal, await self._tree(inode, pid, "open"), inode.entry)
+        tree = await self._tree(inode, pid, "open")
+        self._accesses.opened(inode.ordinal, tree, inode.entry, pid)
 
     async def open_directory(self, inode: Inode, pid: int | None) -> None:
         """See ``Nodes``."""
@@ -131,6 +133,7 @@ class StoreNodes:
 
         A path may have been collected, or removed by somebody, since its tree was read; then it is fetched again.
         """
+        self._accesses.read(inode.ordinal, inode.entry, offset, size)
         for _ in range(READ_ATTEMPTS):
             descriptor = self._open_files.get(inode.number)
             if descriptor is None:
@@ -177,6 +180,7 @@ class StoreNodes:
         return pin
 
     async def _tree(self, inode: Inode, pid: int | None, operation: str, name: bytes = b"") -> Tree:
+        self._accesses.accessed(inode.ordinal, pid)
         tree = self._realiser.cached_tree(inode.ordinal)
         if tree is not None:
             return tree
@@ -207,6 +211,7 @@ class StoreNodes:
         Of a claimed root nothing was shown but that it is a directory, so it may be what its cache has by now.
         """
         if inode.kind is InodeKind.CLAIMED and self._realiser.cached_tree(inode.ordinal) is None:
+            self._accesses.accessed(inode.ordinal, pid)
             path = self._pin(inode).info.store_path
             tree = await self._wait(Question(operation, path, inode.number, name, pid))
             inode = Inode(InodeKind.STORE, 0, self._pinned(path).ordinal)

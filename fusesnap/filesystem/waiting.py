@@ -19,6 +19,7 @@ from fusesnap.errors import FusesnapError, ReaderReleased
 from fusesnap.fetch.flight import Flight, FlightState, Reader
 from fusesnap.filesystem.error_counts import ErrorCounts
 from fusesnap.filesystem.wait_events import Answered, Blocked, ObserveWait, Question, unobserved
+from fusesnap.nix.store_path import StorePath
 
 __all__ = ["Openers", "Question", "Request", "WaitingRequests", "WaitingState"]
 
@@ -108,6 +109,10 @@ class WaitingRequests:
 
     def __len__(self) -> int:
         return len(self._requests)
+
+    def paths(self) -> set[StorePath]:
+        """The paths that somebody waits for."""
+        return {request.question.path for request in self._requests}
 
     def opened(self, inode: int, pid: int | None) -> None:
         """``pid`` opens ``inode``, and will probably read it."""

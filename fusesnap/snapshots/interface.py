@@ -217,3 +217,18 @@ class LazyLayer(Protocol):
         It is the same one for the same paths, and stays valid over restarts.
         """
         ...
+
+
+class Starts(Protocol):
+    """Who wants to know when containers start. Its methods do not wait, and do not fail."""
+
+    def begins(self, key: str, upper: Path, paths: frozenset[StorePath]) -> object:
+        """A container is about to start, and some of its ``paths`` will be served by the lazy layer.
+
+        ``upper`` is the upper directory of its root. It may be said again for the same ``key``.
+        """
+        ...
+
+    def ended(self, key: str) -> object:
+        """The snapshot of such a container is removed."""
+        ...

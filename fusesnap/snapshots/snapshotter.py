@@ -33,6 +33,7 @@ from fusesnap.snapshots.interface import (
     Mount,
     PathSource,
     Snapshots,
+    Starts,
     Usage,
 )
 from fusesnap.snapshots.labels import checked_labels, masked
@@ -44,6 +45,7 @@ from fusesnap.snapshots.overlay import OverlayOptions
 from fusesnap.snapshots.owners import Owners, is_shifting
 from fusesnap.snapshots.records import NOTHING_NIX, Chain, Generation, NixFacts, Snapshot
 from fusesnap.snapshots.snapshot_roots import SnapshotRoots
+from fusesnap.snapshots.start_hints import StartHints
 from fusesnap.snapshots.transaction import Transaction
 from fusesnap.snapshots.usage import directories_usage, disk_usage
 from fusesnap.snapshots.views import Plan, Views
@@ -71,13 +73,15 @@ class Snapshotter(Snapshots):
         recognise_by_content: bool,
         clock: Callable[[], float],
         release_readers: Callable[[str], Awaitable[None]] | None = None,
+        starts: Starts | None = None,
         nursery: trio.Nursery | None = None,
     ) -> None:
         """Take the collaborators; ``clock`` gives seconds since the epoch.
 
         ``release_readers`` is given the upper directory of a snapshot that is to be removed and that ``lazy`` may have
-        served, to end what its processes wait for. It must not take long, and must not raise. In ``nursery``, if there
-        is one, an image's farms are built as soon as it is unpacked.
+        served, to end what its processes wait for. It must not take long, and must not raise. ``starts`` is told of
+        containers that ``lazy`` serves. In ``nursery``, if there is one, an image's farms are built as soon as it is
+        unpacked.
 
         ``lazy`` serves what is missing; without it everything is realised before a mount is answered. Raises
         ``InvalidConfiguration`` where ``root`` cannot be named in mount options.
@@ -89,6 +93,7 @@ class Snapshotter(Snapshots):
         self._store_dir = store_dir
         self._clock = clock
         self._release_readers = release_readers
+        self._hints = StartHints(starts)
         self._directories = Directories(root / "snapshots")
         self._idmapped = IdmappedMounts(root)
         self._roots = SnapshotRoots(store.roots, root)
@@ -219,6 +224,8 @@ class Snapshotter(Snapshots):
                 with clones or nullcontext():
                     await trio.to_thread.run_sync(self._answer_with, snapshot, chain, plan, clones)
                 generation = plan.generation
+                upper, kind = self._directories.fs(snapshot.id), snapshot.info.kind
+                self._hints.answered(kind, key, upper, chain, generation)
         return self._answers.mounts(snapshot.id, snapshot.info.kind, chain, generation, owners)
 
     async def commit(
@@ -259,8 +266,10 @@ class Snapshotter(Snapshots):
             return self._directories.fs(snapshot.id) if lazy else None
 
         upper = await trio.to_thread.run_sync(served)
-        if upper is not None and self._release_readers is not None:
-            await self._release_readers(str(upper))
+        if upper is not None:
+            self._hints.removed(key)
+            if self._release_readers is not None:
+                await self._release_readers(str(upper))
 
         def remove() -> None:
             with self._metastore.writing() as transaction:
@@ -296,6 +305,7 @@ class Snapshotter(Snapshots):
                 self._insert, kind, key, parent, labels, chain, owners, plan, clones
             )
         generation = plan.generation if plan is not None else None
+        self._hints.answered(kind, key, self._directories.fs(id_), chain, generation)
         return self._answers.mounts(id_, kind, chain, generation, owners)
 
     def _insert(

@@ -31,13 +31,30 @@ from fusesnap.substituter.retry import RetryPolicy
 from ..substituter.samples import KEY, TRUSTED, Sample, sample
 
 
+class Noted:
+    """Writes down what it hears."""
+
+    def __init__(self) -> None:
+        self.heard: list[tuple[object, ...]] = []
+
+    def accessed(self, ordinal: int, pid: int | None) -> None:
+        self.heard.append(("accessed", ordinal, pid))
+
+    def opened(self, ordinal: int, tree: Tree, entry: int, pid: int | None) -> None:
+        assert tree.entries[entry]
+        self.heard.append(("opened", ordinal, entry, pid))
+
+    def read(self, ordinal: int, entry: int, offset: int, size: int) -> None:
+        self.heard.append(("read", ordinal, entry, offset, size))
+
+
 class Bench:
     """Nodes over a real store and a cache in memory. Samples are single files."""
 
     def __init__(self, store: LocalStore, nursery: trio.Nursery) -> None:
         self.store = store
         self.cache = MemorySubstituter()
-        self.opened: list[tuple[int, int]] = []
+        self.accesses = Noted()
         pool = SubstituterPool(
             [self.cache],
             store_dir=StoreDir(),
@@ -53,14 +70,10 @@ class Bench:
         self.realiser = realiser
         waiting = WaitingRequests(self.identify, ErrorCounts())
         self.open_files = OpenFiles()
-        self.nodes = StoreNodes(store, realiser, self.open_files, waiting, self.note)
+        self.nodes = StoreNodes(store, realiser, self.open_files, waiting, self.accesses)
 
     def identify(self, pid: int) -> Reader:
         return Reader(pid, "test")
-
-    def note(self, ordinal: int, tree: Tree, index: int) -> None:
-        assert tree.entries[index]
-        self.opened.append((ordinal, index))
 
     def publish(self, sample: Sample) -> None:
         self.cache.publish(sample.info, sample.file)
@@ -95,19 +108,34 @@ async def test_a_path_that_no_image_names_is_an_error_and_no_absence(bench: Benc
         bench.nodes.claimed_root(sample("unknown").path)
 
 
-async def test_files_are_read_from_any_place_and_opening_them_is_told(bench: Bench) -> None:
+async def test_files_are_read_from_any_place_and_what_is_asked_is_told(bench: Bench) -> None:
     hello = sample("hello", size=300_000)
     bench.publish(hello)
     root = await bench.nodes.root(hello.path, 7, None)
     inode = Inode.parse(root.inode)
     assert (inode.kind, inode.view) == (InodeKind.STORE, 0)  # files are shared by all views
     assert root.size == 300_000
-    await bench.nodes.open(inode, None)
-    assert bench.opened == [(inode.ordinal, 0)]
+    await bench.nodes.open(inode, 5)
     whole = await bench.nodes.read(inode, 0, 1 << 20)
     assert len(whole) == 300_000
     assert await bench.nodes.read(inode, 299_990, 4096) == whole[299_990:]
     assert await bench.nodes.read(inode, 300_000, 4096) == b""
+    assert bench.accesses.heard[:4] == [
+        ("accessed", inode.ordinal, None),
+        ("accessed", inode.ordinal, 5),
+        ("opened", inode.ordinal, 0, 5),
+        ("read", inode.ordinal, 0, 0, 1 << 20),
+    ]
+    assert bench.accesses.heard[-1] == ("read", inode.ordinal, 0, 300_000, 4096)
+
+
+async def test_an_access_is_told_before_it_is_answered(bench: Bench) -> None:
+    """So that the order is the one of asking, not of what came first from a cache."""
+    lost = sample("lost")
+    ordinal = bench.store.pin(lost.info).ordinal
+    with pytest.raises(FusesnapError):
+        await bench.nodes.root(lost.path, 1, 8)
+    assert bench.accesses.heard == [("accessed", ordinal, 8)]
 
 
 async def test_what_cannot_be_verified_is_an_error_for_every_question(bench: Bench) -> None:

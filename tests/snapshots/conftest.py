@@ -204,6 +204,19 @@ class Mounts:
                 self.unmount(Path(target))
 
 
+class HeardStarts:
+    """Writes down what it is told."""
+
+    def __init__(self) -> None:
+        self.heard: list[tuple[object, ...]] = []
+
+    def begins(self, key: str, upper: Path, paths: frozenset[StorePath]) -> None:
+        self.heard.append(("begins", key, upper, paths))
+
+    def ended(self, key: str) -> None:
+        self.heard.append(("ended", key))
+
+
 class Bench:
     """A snapshotter with all that belongs to it."""
 
@@ -215,6 +228,7 @@ class Bench:
         self.mounts = mounts
         self.now = NOW
         self.released: list[str] = []
+        self.starts = HeardStarts()
         self.snapshotter = self.open()
 
     def open(
@@ -234,6 +248,7 @@ class Bench:
             recognise_by_content=by_content,
             clock=lambda: self.now,
             release_readers=self.release,
+            starts=self.starts,
             nursery=nursery,
         )
         return self.snapshotter

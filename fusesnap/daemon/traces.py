@@ -1,0 +1,103 @@
+"""Startup traces in the process that serves the mount, and the hints by which it learns of starts."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Final
+
+import trio
+
+from fusesnap.daemon import control
+from fusesnap.daemon.build import Node
+from fusesnap.daemon.readers import container_of
+from fusesnap.errors import FusesnapError
+from fusesnap.fetch.traces.database import NAME, TraceDatabase
+from fusesnap.fetch.traces.recorder import Bounds, Recorder
+from fusesnap.fetch.traces.recording import Start
+from fusesnap.fetch.traces.traces import Policy, Traces
+from fusesnap.filesystem.waiting import WaitingRequests
+from fusesnap.nix.closure_digest import ClosureDigest
+from fusesnap.nix.store_path import StoreDir, StorePath
+
+log = logging.getLogger(__name__)
+
+BOOT_ID: Final = Path("/proc/sys/kernel/random/boot_id")  # random(4)
+
+
+def make_recorder(node: Node) -> Recorder:
+    """What takes notice of the mount's requests."""
+
+    def path_of(ordinal: int) -> StorePath | None:
+        pin = node.store.pin_of(ordinal)
+        return None if pin is None else pin.info.store_path
+
+    return Recorder(path_of, trio.current_time, Bounds(idle=node.settings.traces.idle))
+
+
+def make_traces(node: Node, recorder: Recorder, waiting: WaitingRequests) -> Traces:
+    """The traces of a node."""
+    settings = node.settings
+    return Traces(
+        lambda: TraceDatabase(settings.root / NAME),
+        recorder,
+        node.store,
+        node.realiser.request,
+        waiting.paths,
+        container_of,
+        time.time,
+        Policy(
+            record=settings.traces.record,
+            replay=settings.traces.replay,
+            version=version("fusesnap"),
+            readahead=settings.readahead_kib * 1024,
+            boot=BOOT_ID.read_text(encoding="ascii").strip(),
+        ),
+    )
+
+
+def calls(node: Node, traces: Traces, nursery: trio.Nursery) -> Mapping[str, control.Answer]:
+    """What the worker is told of starts. It answers at once, and goes about it afterwards."""
+
+    async def start(question: Mapping[str, Any]) -> dict[str, Any]:
+        paths = frozenset(node.store_dir.parse(path) for path in question["paths"])
+        closure = ClosureDigest.of(paths, node.store_dir)
+        start = Start(str(question["key"]), str(question["upper"]), closure, paths)
+        nursery.start_soon(traces.begin, start)
+        return {}
+
+    async def end(question: Mapping[str, Any]) -> dict[str, Any]:
+        nursery.start_soon(traces.end, str(question["key"]))
+        return {}
+
+    return {"start": start, "end": end}
+
+
+class HintedStarts:
+    """Tells the worker of starts. A hint that does not arrive costs time, nothing else."""
+
+    def __init__(self, store_dir: StoreDir, worker: Path, nursery: trio.Nursery) -> None:
+        self._store_dir = store_dir
+        self._worker = worker
+        self._nursery = nursery
+
+    def begins(self, key: str, upper: Path, paths: frozenset[StorePath]) -> None:
+        """See ``Starts``."""
+        self._nursery.start_soon(self._begins, key, upper, paths)
+
+    def ended(self, key: str) -> None:
+        """See ``Starts``."""
+        self._nursery.start_soon(self._hint, "end", {"key": key})
+
+    async def _begins(self, key: str, upper: Path, paths: frozenset[StorePath]) -> None:
+        names = [self._store_dir.format(path) for path in paths]
+        await self._hint("start", {"key": key, "upper": str(upper), "paths": names})
+
+    async def _hint(self, call: str, arguments: Mapping[str, Any]) -> None:
+        try:
+            await control.ask(self._worker, call, **arguments)
+        except FusesnapError as error:
+            log.info("the worker was not told that %s: %s", arguments["key"], error)

@@ -1,0 +1,34 @@
+"""Who is told that a container starts: for what the lazy layer serves, once it is answered."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from tests.snapshots.conftest import Bench
+
+
+async def test_starts_that_the_lazy_layer_serves_are_told(bench: Bench) -> None:
+    tool = bench.path("tool", {"bin": {"tool": b"tool"}})
+    base = bench.path("base", {"file": b"base"}, committed=True)
+    await bench.nix_layer("lower", "", base)
+    await bench.nix_layer("image", "lower", tool)
+    await bench.layer("ordinary", "", {"file": b"x"})
+    heard = bench.starts.heard
+    assert heard == []  # unpacking is no start
+    await bench.snapshotter.prepare("one", "image", {})
+    (upper,) = await bench.snapshotter.uppers()
+    assert heard == [("begins", "one", Path(upper), frozenset({tool, base}))]
+    await bench.snapshotter.mounts("one")  # its task starts, perhaps again
+    assert heard[1:] == heard[:1]
+    heard.clear()
+    await bench.snapshotter.view("view", "image", {})
+    await bench.snapshotter.prepare("ordinary-one", "ordinary", {})
+    await bench.snapshotter.prepare("complete", "lower", {})
+    for key in ("view", "ordinary-one", "complete"):
+        await bench.snapshotter.mounts(key)
+        await bench.snapshotter.remove(key)
+    assert heard == []
+    await bench.snapshotter.remove("one")
+    assert heard == [("ended", "one")]
