@@ -61,6 +61,10 @@ class Fetch(BaseModel):
     bandwidth: int = Field(
         0, ge=0, description="bytes a second of NARs that all caches together may send; 0: no limit"
     )
+    complete: bool = Field(
+        True,
+        description="fetch the rest of running containers' closures while no program waits; false: on metered links",
+    )
     lookups: int = Field(64, ge=1, le=1024, description="narinfos asked for at once")
     unpackers: int = Field(
         default_factory=lambda: min(os.cpu_count() or 1, 4),

@@ -34,6 +34,12 @@ POLL_SECONDS = 0.05
     help="Whether the supervisor stays between kernel and worker. Default: auto, where Linux is older than 6.9",
 )
 @click.option(
+    "--complete/--no-complete",
+    default=None,
+    help="Whether to fetch the rest of running containers' closures while no program waits for anything, so that they "
+    "no longer need the daemon. Default: --complete",
+)
+@click.option(
     "--check",
     is_flag=True,
     help="Only check options and configuration, and print the supervisor's command as JSON.",
@@ -54,6 +60,7 @@ def daemon(
     root: Path | None,
     address: Path | None,
     relay: str | None,
+    complete: bool | None,
     check: bool,
     containerd_version: str | None,
     substituters: tuple[str, ...],
@@ -83,6 +90,9 @@ def daemon(
         trusted_public_keys=trusted_public_keys,
         store_dir=store_dir,
     )
+    if complete is not None:
+        fetch = settings.fetch.model_copy(update={"complete": complete})
+        settings = settings.model_copy(update={"fetch": fetch})
     if containerd_version is not None:
         # containerd maps layers from 2.0 on; 1.6 would pass the labels on, and could not mount what they ask for.
         remap_ids = containerd_version == "3" and can_map_ids(settings.root)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import socket
 from collections.abc import Awaitable, Callable, Mapping
@@ -38,16 +39,29 @@ Answer = Callable[[Mapping[str, Any]], Awaitable[dict[str, Any]]]
 
 
 async def serve(
-    path: Path, calls: Mapping[str, Answer], task_status: trio.TaskStatus[None]
+    path: Path,
+    calls: Mapping[str, Answer],
+    task_status: trio.TaskStatus[None],
+    *,
+    patient: Mapping[str, Answer] | None = None,
 ) -> None:
-    """Answer ``calls`` by name on the unix socket ``path``, taking over from whoever listened there."""
+    """Answer ``calls`` by name on the unix socket ``path``, taking over from whoever listened there.
+
+    ``patient`` ones may take their time, and have deadlines of their own.
+    """
     listener = listen(path)
+    patient = patient or {}
     task_status.started()
 
     async def handle(stream: trio.SocketStream) -> None:
         try:
-            with trio.fail_after(ANSWER_WITHIN):
-                await stream.send_all(await _answer(calls, await _receive_line(stream)))
+            with trio.fail_after(ANSWER_WITHIN) as limit:
+                question = await _receive_line(stream)
+                if question.get("call") in patient:
+                    limit.deadline = math.inf
+                answer = await _answer({**calls, **patient}, question)
+                limit.deadline = trio.current_time() + ANSWER_WITHIN
+                await stream.send_all(answer)
         except (trio.TooSlowError, trio.BrokenResourceError, FusesnapError) as error:
             log.warning("control socket: %r", error)
         except Exception:  # a question must not end the process that serves the mount

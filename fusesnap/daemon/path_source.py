@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from fusesnap.daemon import control
 from fusesnap.errors import FusesnapError
 from fusesnap.fetch.priority import Priority
 from fusesnap.fetch.realiser import Realiser
+from fusesnap.fetch.unpack_frames import decode_error
 from fusesnap.nix.store_path import StoreDir, StorePath
 
 log = logging.getLogger(__name__)
@@ -38,8 +40,8 @@ class LocalPathSource:
 
 
 class HintingPathSource(LocalPathSource):
-    """Fetches in this process what it must wait for; what will be wanted soon is left to the worker, whose readers
-    will want it. A hint that does not arrive costs time, nothing else.
+    """Has the worker fetch, so that one scheduler decides for the node; what must be waited for is fetched here while
+    there is no worker. A hint that does not arrive costs time, nothing else.
     """
 
     def __init__(
@@ -50,12 +52,30 @@ class HintingPathSource(LocalPathSource):
         self._worker = worker
         self._nursery = nursery
 
+    async def realise(self, path: StorePath) -> object:
+        """See ``PathSource``. The worker gives up by itself where nothing comes."""
+        try:
+            answer = await control.ask(
+                self._worker, "realise", within=math.inf, path=self._store_dir.format(path)
+            )
+        except FusesnapError as error:
+            log.info("%s: fetched without the worker: %s", path, error)
+            return await super().realise(path)
+        if "failed" in answer:
+            raise decode_error(str(answer["failed"]).encode())
+        return None
+
     def prefetch(self, paths: Sequence[StorePath]) -> None:
         """See ``PathSource``."""
-        self._nursery.start_soon(self._hint, [self._store_dir.format(path) for path in paths])
+        self._nursery.start_soon(self._hint, paths, Priority.REST)
 
-    async def _hint(self, paths: list[str]) -> None:
+    def complete(self, paths: Sequence[StorePath]) -> None:
+        """Have ``paths`` fetched when nobody waits for anything. Does not wait, and does not fail."""
+        self._nursery.start_soon(self._hint, paths, Priority.COMPLETION)
+
+    async def _hint(self, paths: Sequence[StorePath], priority: Priority) -> None:
+        named = [self._store_dir.format(path) for path in paths]
         try:
-            await control.ask(self._worker, "fetch", paths=paths, priority=Priority.REST.name)
+            await control.ask(self._worker, "fetch", paths=named, priority=priority.name)
         except FusesnapError as error:
             log.warning("the worker did not take the hint to fetch %d paths: %s", len(paths), error)

@@ -19,6 +19,7 @@ from fusesnap.config import MetricsAddress, Settings, handed_down
 from fusesnap.daemon import control
 from fusesnap.daemon.build import Node, open_node, plain_errors
 from fusesnap.daemon.collector import Collector
+from fusesnap.daemon.completion import Completion
 from fusesnap.daemon.containerd_block import NAME
 from fusesnap.daemon.lazy_layer import WorkerMount
 from fusesnap.daemon.logs import explained, log_to_stderr
@@ -47,6 +48,7 @@ from fusesnap.snapshots.farms import Farms
 from fusesnap.snapshots.metastore import Metastore
 from fusesnap.snapshots.overlay import OverlayOptions
 from fusesnap.snapshots.snapshotter import Snapshotter
+from fusesnap.snapshots.unfinished import Unfinished
 from fusesnap.store.local_store import Collected
 
 PR_SET_PDEATHSIG = 1  # include/uapi/linux/prctl.h
@@ -82,6 +84,8 @@ async def run(settings: Settings, ready: int) -> None:
             os.close(ready)
             await snapshotter.remove_leftovers()
             nursery.start_soon(collector.run)
+            if settings.fetch.complete:
+                nursery.start_soon(build_completion(node, nursery).run)
             if settings.metrics is not None:
                 picture = partial(
                     gather, node.store, node.telemetry, partial(moment, node, snapshotter, waits)
@@ -98,12 +102,11 @@ def count_evicted(node: Node, collected: Collected) -> None:
 def build_snapshotter(node: Node, nursery: trio.Nursery, waits: WorkersWaits) -> Snapshotter:
     """The snapshotter of a node; its hints to the worker live in ``nursery``."""
     root = node.settings.root.resolve()
-    source = HintingPathSource(node.realiser, node.store_dir, root / control.SOCKET_NAME, nursery)
     return Snapshotter(
         root,
         Metastore(root / "snapshots.sqlite"),
         node.store,
-        source,
+        build_source(node, nursery),
         Farms(root / "farms"),
         WorkerMount(root, Views(root / "views.sqlite")),
         store_dir=node.store_dir,
@@ -113,6 +116,20 @@ def build_snapshotter(node: Node, nursery: trio.Nursery, waits: WorkersWaits) ->
         release_readers=waits.release_for_removal,
         starts=HintedStarts(node.store_dir, root / control.SOCKET_NAME, nursery),
         nursery=nursery,
+    )
+
+
+def build_source(node: Node, nursery: trio.Nursery) -> HintingPathSource:
+    """What the worker fetches for us; hints live in ``nursery``."""
+    worker = node.settings.root.resolve() / control.SOCKET_NAME
+    return HintingPathSource(node.realiser, node.store_dir, worker, nursery)
+
+
+def build_completion(node: Node, nursery: trio.Nursery) -> Completion:
+    """What completes the closures of running containers."""
+    metastore = Metastore(node.settings.root.resolve() / "snapshots.sqlite")
+    return Completion(
+        Unfinished(metastore, node.store).missing, build_source(node, nursery).complete
     )
 
 

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import pyfuse3
@@ -27,8 +28,10 @@ from fusesnap.daemon.status import status_of_wait, worker_status
 from fusesnap.daemon.traces import calls as trace_calls
 from fusesnap.daemon.traces import make_recorder, make_traces
 from fusesnap.daemon.turn import BEAT, READY, wait_for_turn
+from fusesnap.errors import FusesnapError
 from fusesnap.fetch.priority import Priority
 from fusesnap.fetch.traces.traces import Traces
+from fusesnap.fetch.unpack_frames import encode_error
 from fusesnap.filesystem.accesses import Recorded
 from fusesnap.filesystem.error_counts import ErrorCounts
 from fusesnap.filesystem.inode import InodeKind
@@ -120,7 +123,8 @@ async def answer(worker: Worker, ready: int) -> None:
         nursery.start_soon(close_removed, worker.open_files)
         address = worker.node.settings.root / control.SOCKET_NAME
         answers = {**calls(worker), **trace_calls(worker.node, worker.traces, nursery)}
-        await nursery.start(control.serve, address, answers)
+        serve_control = partial(control.serve, patient={"realise": realising(worker.node)})
+        await nursery.start(serve_control, address, answers)
         nursery.start_soon(say_alive, ready)
         # Not before the mount is joined: those who wait for an answer wait longer than those who wait for a path.
         worker.node.unpackers.start()
@@ -159,6 +163,19 @@ async def stop_gently(worker: Worker, scope: trio.CancelScope) -> None:
         while worker.operations.under_way > len(worker.waiting):  # noqa: ASYNC110 - an event for
             await trio.sleep(0.01)  # this would cost every request, for the sake of the last ones
     scope.cancel()
+
+
+def realising(node: Node) -> control.Answer:
+    """What answers when ``path`` is committed, for somebody who waits for it in another process, or cannot be had."""
+
+    async def realise(question: Mapping[str, Any]) -> dict[str, Any]:
+        try:
+            await node.realiser.realise(node.store_dir.parse(str(question["path"])))
+        except FusesnapError as error:
+            return {"failed": encode_error(error).decode()}
+        return {}
+
+    return realise
 
 
 def calls(worker: Worker) -> Mapping[str, control.Answer]:

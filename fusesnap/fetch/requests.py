@@ -27,19 +27,24 @@ class Requests:
     def __init__(self, begin: Callable[[StorePath, Priority], Flight | None]) -> None:
         self._begin = begin
         self._heap: list[tuple[Priority, int, StorePath]] = []
+        self._wanted: dict[StorePath, Priority] = {}
         self._numbers = itertools.count()
         self._waiting: set[Flight] = set()
         self._changed = trio.Event()
 
     def __len__(self) -> int:
-        return len(self._heap)
+        return len(self._wanted)
 
     def counts(self) -> dict[Priority, int]:
         """How many paths wait, by how urgent they are."""
-        return dict(sorted(Counter(priority for priority, _, _ in self._heap).items()))
+        return dict(sorted(Counter(self._wanted.values()).items()))
 
     def add(self, path: StorePath, priority: Priority) -> None:
-        """``path`` is wanted, behind those that are as urgent."""
+        """``path`` is wanted, behind those that are as urgent, unless it is wanted so much already."""
+        before = self._wanted.get(path)
+        if before is not None and before <= priority:
+            return
+        self._wanted[path] = priority
         heapq.heappush(self._heap, (priority, next(self._numbers), path))
         self._wake()
 
@@ -53,11 +58,17 @@ class Requests:
                     await self._changed.wait()
                     continue
                 heapq.heappop(self._heap)
-                flight = self._begin(path, priority)
+                flight = self._take(path, priority)
                 if flight is not None:
                     self._waiting.add(flight)
                     nursery.start_soon(self._see_off, flight)
                     await flight.in_line()
+
+    def _take(self, path: StorePath, priority: Priority) -> Flight | None:
+        if self._wanted.get(path) is not priority:
+            return None  # it had its turn when it was more urgent
+        del self._wanted[path]
+        return self._begin(path, priority)
 
     async def _see_off(self, flight: Flight) -> None:
         await flight.departed()

@@ -137,6 +137,14 @@ class Transaction:
             for closure, lazy, view, layer in rows
         ]
 
+    def active_parents(self) -> list[str]:
+        """The names of all snapshots that an active one lies on."""
+        rows = self._run(
+            "SELECT DISTINCT below.key FROM snapshots AS above"
+            " JOIN snapshots AS below ON above.parent = below.id WHERE above.kind = 'active'"
+        )
+        return [str(row[0]) for row in rows]
+
     def stated_paths(self) -> dict[int, list[StorePath]]:
         """The store paths that each committed snapshot, being a Nix layer, stands for."""
         stated: dict[int, list[StorePath]] = {}

@@ -53,16 +53,23 @@ class FusesnapDaemon:
 
 @contextlib.contextmanager
 def fusesnap_daemon(
-    state: Path, *, source: Source, address: Path | None = None, options: Sequence[str] = ()
+    state: Path,
+    *,
+    source: Source,
+    address: Path | None = None,
+    options: Sequence[str] = (),
+    complete: bool = False,
 ) -> Iterator[FusesnapDaemon]:
     """Run ``fusesnap daemon`` on a state directory for the time of the context.
 
     The path of ``state`` must be short, for its sockets; beside it lies the log, ``<state>.log``. ``options`` are
-    further options. What the daemon leaves mounted, because it was killed, is unmounted.
+    further options. Without ``complete`` nothing is fetched that no program asked for. What the daemon leaves mounted,
+    because it was killed, is unmounted.
     """
     state.mkdir(parents=True, exist_ok=True)
     address = address or state / "fusesnap.sock"
     command: list[str | Path] = [PROGRAM, "daemon", "--root", state, "--address", address]
+    command.append("--complete" if complete else "--no-complete")
     try:
         with running(
             [*command, *source.options, *options], log=state.with_name(f"{state.name}.log")
