@@ -220,9 +220,21 @@ class Settings(BaseModel):
         None,
         description="where Prometheus may ask: host:port, or unix:/path; not at all if not given",
     )
+    spans: str | None = Field(
+        None, description="OTLP receiver that spans go to, over HTTP; nowhere if not given"
+    )
     fetch: Fetch = Field(default_factory=Fetch)
     store: Store = Field(default_factory=Store)
     traces: Traces = Field(default_factory=Traces)
+
+    @field_validator("spans")
+    @classmethod
+    def _spans(cls, url: str | None) -> str | None:
+        if url is not None and not (
+            urlsplit(url).scheme in ("http", "https") and urlsplit(url).hostname
+        ):
+            raise ValueError(f"{url!r}: expected a URL, as 'http://127.0.0.1:4318'")
+        return url
 
     @field_validator("metrics")
     @classmethod

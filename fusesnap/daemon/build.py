@@ -21,6 +21,7 @@ from fusesnap.daemon.telemetry.counting import Counters, Counting
 from fusesnap.daemon.telemetry.keeper import Telemetry
 from fusesnap.daemon.telemetry.owners import upper_of_reader
 from fusesnap.daemon.telemetry.recorder import Recorder
+from fusesnap.daemon.telemetry.spans import open_spans
 from fusesnap.errors import FusesnapError, StorageFailure
 from fusesnap.fetch.link import Link, open_link
 from fusesnap.fetch.loader import Loader
@@ -190,22 +191,24 @@ def totals_of(pool: SubstituterPool) -> Iterator[tuple[str, dict[str, str], floa
         yield "fusesnap_narinfo_requests", {"cache": state.url}, state.narinfos_asked
 
 
-def open_telemetry(settings: Settings) -> Telemetry:
-    """What hears, counts and keeps what happens in this process."""
+def open_telemetry(settings: Settings, process: str) -> Telemetry:
+    """What hears, counts and keeps what happens in this process. Raises ``InvalidConfiguration``."""
     # Pids come again; a session is for ever.
     session = f"{os.getpid()}-{uuid4().hex}"
     recorder = Recorder(session, time.time, upper_of_reader)
     counting = Counting(Counters(), time.monotonic)
-    return Telemetry(settings.root, recorder, counting, time.time)
+    spans = open_spans(settings.spans, process)
+    return Telemetry(settings.root, recorder, counting, time.time, spans)
 
 
 @asynccontextmanager
 async def open_node(
-    settings: Settings, authorities: Authorities | None = None
+    settings: Settings, authorities: Authorities | None = None, process: str = "command"
 ) -> AsyncIterator[Node]:
     """The objects of one state directory, with everything closed and every transfer ended when the block is left.
 
-    ``authorities``, where they were loaded before: to do so takes longer than all the rest.
+    ``authorities``, where they were loaded before: to do so takes longer than all the rest. ``process`` names ours, for
+    people.
     """
     store_dir = StoreDir(settings.store_dir)
     store = await trio.to_thread.run_sync(open_store, settings, store_dir)
@@ -214,7 +217,7 @@ async def open_node(
         pool = await open_pool(
             settings, store_dir, authorities or Authorities.load(settings), stack
         )
-        telemetry = await stack.enter_async_context(open_telemetry(settings).running())
+        telemetry = await stack.enter_async_context(open_telemetry(settings, process).running())
         telemetry.watch(lambda: totals_of(pool))
         nursery = await stack.enter_async_context(trio.open_nursery())
         limits = Limits(settings.fetch.lookups, settings.fetch.stall_timeout)

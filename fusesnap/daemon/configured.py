@@ -12,11 +12,16 @@ import fusesnap.daemon.worker
 import fusesnap.supervisor  # noqa: F401
 from fusesnap.config import Settings
 from fusesnap.daemon.build import Authorities, open_pool
+from fusesnap.daemon.telemetry.spans import open_spans
 from fusesnap.nix.store_path import StoreDir
 
 
 def check_caches(settings: Settings) -> None:
-    """Open what the settings say of caches, keys and passwords, and close it. Raises what a daemon would end with."""
+    """Open what the settings say of caches, keys, passwords and spans, and close it.
+
+    Raises what a daemon would end with.
+    """
+    open_spans(settings.spans, "check").close()
 
     async def opened() -> None:
         async with AsyncExitStack() as stack:

@@ -57,7 +57,7 @@ PR_SET_PDEATHSIG = 1  # include/uapi/linux/prctl.h
 async def run(settings: Settings, ready: int) -> None:
     """Serve until SIGTERM."""
     with plain_errors(), open_channel(settings.containerd_address) as containerd:
-        async with open_node(settings) as node, trio.open_nursery() as nursery:
+        async with open_node(settings, process="services") as node, trio.open_nursery() as nursery:
             nursery.start_soon(stop_on_signal, nursery.cancel_scope)
             waits = WorkersWaits(settings.root / control.SOCKET_NAME)
             snapshotter = build_snapshotter(node, nursery, waits)

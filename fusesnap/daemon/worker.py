@@ -71,7 +71,7 @@ async def serve(
 ) -> None:
     """Serve until SIGTERM or until the mount is gone."""
     with plain_errors():
-        async with open_node(settings, authorities) as node:
+        async with open_node(settings, authorities, "worker") as node:
             open_files = OpenFiles()
             views = Views(settings.root / "views.sqlite")
             waiting = WaitingRequests(identify, ErrorCounts(), node.telemetry.wait)

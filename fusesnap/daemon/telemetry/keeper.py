@@ -14,6 +14,7 @@ from fusesnap.daemon.telemetry.counting import Counters, Counting, Differences
 from fusesnap.daemon.telemetry.journal import Batch, Journal
 from fusesnap.daemon.telemetry.recorder import Recorder
 from fusesnap.daemon.telemetry.records import StartRecord
+from fusesnap.daemon.telemetry.spans import Spans, close_spans
 from fusesnap.errors import FusesnapError
 from fusesnap.fetch.events import FetchEvent
 from fusesnap.filesystem.wait_events import WaitEvent
@@ -36,12 +37,18 @@ class Telemetry:
     """
 
     def __init__(
-        self, root: Path, recorder: Recorder, counting: Counting, clock: Callable[[], float]
+        self,
+        root: Path,
+        recorder: Recorder,
+        counting: Counting,
+        clock: Callable[[], float],
+        spans: Spans,
     ) -> None:
         self._root = root
         self._recorder = recorder
         self._counting = counting
         self._clock = clock
+        self.spans = spans
         self._differences = Differences(self.counters)
         self._totals: list[Totals] = []
         self._starts: list[StartRecord] = []
@@ -60,11 +67,13 @@ class Telemetry:
         """See ``ObserveFetch``."""
         self._recorder.fetch(event)
         self._counting.fetch(event)
+        self.spans.fetch(event)
 
     def wait(self, event: WaitEvent) -> None:
         """See ``ObserveWait``."""
         self._recorder.wait(event)
         self._counting.wait(event)
+        self.spans.wait(event)
 
     def started(self, start: StartRecord) -> None:
         """A snapshot was prepared for a container."""
@@ -91,6 +100,7 @@ class Telemetry:
                 await self.flush()
             if self._journal is not None:
                 self._journal.close()
+            await close_spans(self.spans)
 
     async def _run(self) -> None:
         while True:

@@ -50,7 +50,7 @@ class ObservedSnapshots(Snapshots):
     async def prepare(self, key: str, parent: str, labels: Mapping[str, str]) -> Sequence[Mount]:
         """See ``Snapshots``."""
         began = self._clock()
-        async with self._timed("prepare"):
+        async with self._timed("prepare", snapshot=key, parent=parent):
             mounts = await self._inner.prepare(key, parent, labels)
         start = start_of(mounts, self._state)
         if start is not None:
@@ -72,24 +72,24 @@ class ObservedSnapshots(Snapshots):
 
     async def view(self, key: str, parent: str, labels: Mapping[str, str]) -> Sequence[Mount]:
         """See ``Snapshots``."""
-        async with self._timed("view"):
+        async with self._timed("view", snapshot=key, parent=parent):
             return await self._inner.view(key, parent, labels)
 
     async def mounts(self, key: str) -> Sequence[Mount]:
         """See ``Snapshots``."""
-        async with self._timed("mounts"):
+        async with self._timed("mounts", snapshot=key):
             return await self._inner.mounts(key)
 
     async def commit(
         self, name: str, key: str, labels: Mapping[str, str], parent: str = ""
     ) -> None:
         """See ``Snapshots``."""
-        async with self._timed("commit"):
+        async with self._timed("commit", snapshot=key, name=name):
             await self._inner.commit(name, key, labels, parent)
 
     async def remove(self, key: str) -> None:
         """See ``Snapshots``."""
-        async with self._timed("remove"):
+        async with self._timed("remove", snapshot=key):
             await self._inner.remove(key)
 
     async def stat(self, key: str) -> Info:
@@ -118,10 +118,11 @@ class ObservedSnapshots(Snapshots):
             await self._inner.cleanup()
 
     @asynccontextmanager
-    async def _timed(self, call: str) -> AsyncIterator[None]:
+    async def _timed(self, call: str, **attributes: str) -> AsyncIterator[None]:
         began, outcome = trio.current_time(), "cancelled"
         try:
-            yield
+            with self._telemetry.spans.call(call, **attributes):
+                yield
             outcome = "ok"
         except FusesnapError as error:
             outcome = kind_of(error)

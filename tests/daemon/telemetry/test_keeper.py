@@ -15,6 +15,7 @@ from fusesnap.daemon.telemetry.journal import Journal
 from fusesnap.daemon.telemetry.keeper import EVERY, Telemetry
 from fusesnap.daemon.telemetry.recorder import Recorder
 from fusesnap.daemon.telemetry.records import FetchRecord, StartRecord
+from fusesnap.daemon.telemetry.spans import NoSpans
 from fusesnap.errors import Unavailable
 from fusesnap.fetch.events import (
     Asked,
@@ -36,7 +37,8 @@ CACHE = "http://cache"
 
 def telemetry(root: Path) -> Telemetry:
     recorder = Recorder("one", trio.current_time, lambda pid: None)
-    return Telemetry(root, recorder, Counting(Counters(), trio.current_time), trio.current_time)
+    counting = Counting(Counters(), trio.current_time)
+    return Telemetry(root, recorder, counting, trio.current_time, NoSpans())
 
 
 async def fetch(kept: Telemetry, priority: Priority = Priority.PREFETCH) -> None:

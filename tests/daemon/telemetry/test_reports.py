@@ -15,6 +15,7 @@ from fusesnap.daemon.telemetry.journal import Batch, Journal
 from fusesnap.daemon.telemetry.keeper import Telemetry
 from fusesnap.daemon.telemetry.recorder import Recorder
 from fusesnap.daemon.telemetry.reports import StartReports, find, report
+from fusesnap.daemon.telemetry.spans import NoSpans
 from fusesnap.daemon.telemetry.start import QUIET, Start
 from fusesnap.errors import InvalidArgument, NotFound
 
@@ -96,7 +97,8 @@ async def test_answers_are_json_and_the_newest_is_in_them(tmp_path: Path, journa
 
     recorder = Recorder("two", lambda: BEGAN, lambda pid: None)
     counting = Counting(Counters(), trio.current_time)
-    async with Telemetry(tmp_path, recorder, counting, lambda: BEGAN).running() as telemetry:
+    kept = Telemetry(tmp_path, recorder, counting, lambda: BEGAN, NoSpans())
+    async with kept.running() as telemetry:
         reports = StartReports(telemetry, flush)
         telemetry.started(LATER)
         listed = await reports.starts({})
