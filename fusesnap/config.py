@@ -170,6 +170,25 @@ class Traces(BaseModel):
     )
 
 
+class BuilderCommand(BaseModel):
+    """Table ``[builder]``: what brings a store path that no cache has."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    command: list[str] = Field(
+        default_factory=list,
+        description="program and arguments; the store path comes last, FUSESNAP_STORE has the store's URL; empty: none",
+    )
+    timeout: float = Field(600.0, gt=0, description="seconds that it may take for one path")
+
+    @field_validator("command")
+    @classmethod
+    def _words(cls, command: list[str]) -> list[str]:
+        if command and (not command[0] or any("\0" in word for word in command)):
+            raise ValueError(f"{command!r}: a program and its arguments are expected")
+        return command
+
+
 class Settings(BaseModel):
     """The whole configuration of a daemon, a mount or a prefetch.
 
@@ -225,6 +244,7 @@ class Settings(BaseModel):
     )
     fetch: Fetch = Field(default_factory=Fetch)
     store: Store = Field(default_factory=Store)
+    builder: BuilderCommand = Field(default_factory=BuilderCommand)
     traces: Traces = Field(default_factory=Traces)
 
     @field_validator("spans")
@@ -347,7 +367,12 @@ def _explain(source: str, problem: Any) -> str:
     return f"{source}: {key}: {problem['msg'].removeprefix('Value error, ')}"
 
 
-_TABLES: Final[dict[str, type[BaseModel]]] = {"fetch": Fetch, "store": Store, "traces": Traces}
+_TABLES: Final[dict[str, type[BaseModel]]] = {
+    "builder": BuilderCommand,
+    "fetch": Fetch,
+    "store": Store,
+    "traces": Traces,
+}
 
 
 def _known(model: type[BaseModel]) -> Iterable[str]:

@@ -15,6 +15,7 @@ from uuid import uuid4
 import httpx
 import trio
 
+from fusesnap.child import OURS
 from fusesnap.config import Settings
 from fusesnap.daemon.readers import identify
 from fusesnap.daemon.telemetry.counting import Counters, Counting
@@ -23,6 +24,7 @@ from fusesnap.daemon.telemetry.owners import upper_of_reader
 from fusesnap.daemon.telemetry.recorder import Recorder
 from fusesnap.daemon.telemetry.spans import open_spans
 from fusesnap.errors import FusesnapError, StorageFailure
+from fusesnap.fetch.builder import Builder, CommandBuilder
 from fusesnap.fetch.link import Link, open_link
 from fusesnap.fetch.loader import Loader
 from fusesnap.fetch.realiser import Limits, Realiser
@@ -168,7 +170,7 @@ async def open_pool(
             for url in settings.substituters
         ],
         store_dir=store_dir,
-        trusted_keys=TrustedKeys(tuple(map(PublicKey.parse, settings.trusted_public_keys))),
+        trusted_keys=trusted_keys(settings),
         narinfo_cache=cache,
         retry=RetryPolicy(),
         deadline=settings.fetch.lookup_timeout,
@@ -177,6 +179,24 @@ async def open_pool(
             settings.fetch.stall_timeout * BEFORE_READERS, settings.fetch.min_rate, PACE_WINDOW
         ),
     )
+
+
+def open_builder(settings: Settings, store: LocalStore) -> Builder | None:
+    """What brings paths that no cache has, if the settings name a command for that."""
+    if not settings.builder.command:
+        return None
+    return CommandBuilder(
+        settings.builder.command,
+        settings.builder.timeout,
+        store,
+        trusted_keys(settings),
+        {name: value for name, value in os.environ.items() if name not in OURS},
+    )
+
+
+def trusted_keys(settings: Settings) -> TrustedKeys:
+    """The keys that may vouch for a path."""
+    return TrustedKeys(tuple(map(PublicKey.parse, settings.trusted_public_keys)))
 
 
 def unpack_command(settings: Settings) -> list[str]:
@@ -227,7 +247,15 @@ async def open_node(
             unpack_command(settings), settings.fetch.unpackers, nursery, ThreadUnpackers(store)
         )
         realiser = Realiser(
-            store, pool, unpackers, link, nursery, limits, identify, telemetry.fetch
+            store,
+            pool,
+            unpackers,
+            link,
+            nursery,
+            limits,
+            identify,
+            telemetry.fetch,
+            open_builder(settings, store),
         )
         loader = Loader(store, store_dir, realiser, nursery)
         try:

@@ -17,6 +17,7 @@ from fusesnap.errors import (
     Unavailable,
     UntrustedPath,
 )
+from fusesnap.fetch.builder import Builder
 from fusesnap.fetch.events import ObserveFetch, unobserved
 from fusesnap.fetch.flight import Flight, FlightState, Progress, Reader
 from fusesnap.fetch.keeping import keeping
@@ -51,7 +52,7 @@ class Realiser:
 
     ``nursery`` holds the transfers: they outlive the readers that asked for them, because the next reader will want
     the same path, and end with the process. ``identify`` names a process by its pid, for people to see. ``observe``
-    hears what becomes of each path.
+    hears what becomes of each path. ``builder``, if there is one, brings what no cache has.
     """
 
     def __init__(
@@ -64,8 +65,10 @@ class Realiser:
         limits: Limits,
         identify: Callable[[int], Reader],
         observe: ObserveFetch = unobserved,
+        builder: Builder | None = None,
     ) -> None:
         self._store = store
+        self._builder = builder
         self._pool = pool
         self._unpackers = unpackers
         self._link = link
@@ -96,7 +99,9 @@ class Realiser:
         async def look_up(path: StorePath) -> None:
             async with limiter:
                 try:
-                    offers[path] = await self._pool.find(path)
+                    offer = await self._offered(path)
+                    if offer is not None:
+                        offers[path] = offer
                 except FusesnapError as error:
                     failures[path] = error
 
@@ -275,6 +280,8 @@ class Realiser:
         forgotten: set[str] = set()
         while True:
             offer = await self._next_offer(flight.path, failures)
+            if offer is None:
+                return await self._built_tree(flight.path)
             try:
                 pin = await self._accept(offer)
                 tree = await self._transfer(flight, offer, pin)
@@ -290,15 +297,35 @@ class Realiser:
                 self._trees.put(pin.ordinal, tree)
                 return tree
 
-    async def _next_offer(self, path: StorePath, failures: dict[str, FusesnapError]) -> Offer:
+    async def _offered(
+        self, path: StorePath, exclude: frozenset[str] = frozenset()
+    ) -> Offer | None:
+        """A cache's offer of ``path``; None where no cache has it and it was built: then it is committed."""
         try:
-            return await self._pool.find(path, exclude=frozenset(failures))
+            return await self._pool.find(path, exclude=exclude)
+        except PathNotFound as absence:
+            if self._builder is None:
+                raise
+            await self._builder.build(path, absence)
+            return None
+
+    async def _next_offer(
+        self, path: StorePath, failures: dict[str, FusesnapError]
+    ) -> Offer | None:
+        try:
+            return await self._offered(path, frozenset(failures))
         except FusesnapError as error:
             if not failures:
                 raise
             said = "; ".join(named(url, failure) for url, failure in failures.items())
             # What a cache sent weighs more than what the others lack: it names the culprit.
             raise type(next(iter(failures.values())))(f"{path}: {said}") from error
+
+    async def _built_tree(self, path: StorePath) -> Tree:
+        tree = await self._committed_tree(path)
+        if tree is None:
+            raise Unavailable(f"{path}: was built, and is gone again")
+        return tree
 
     async def _accept(self, offer: Offer) -> Pin:
         """Pin the offer, unless another NAR of the path is committed: then it is no substitute for that.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +13,7 @@ from types import TracebackType
 from typing import Final, Self
 
 from fusesnap.errors import FusesnapError, StorageFailure
+from fusesnap.nix.nar import NarEvent
 from fusesnap.nix.narinfo import NarInfo
 from fusesnap.nix.store_path import HashPart, StoreDir, StorePath
 from fusesnap.nix.tree import Tree
@@ -29,7 +30,7 @@ from fusesnap.store.staging import CommitTarget, StagedPath
 from fusesnap.store.state_database import PathState, Pin, StateDatabase
 from fusesnap.store.storage_errors import storage
 from fusesnap.store.temporary_roots import TemporaryRoots
-from fusesnap.store.tree_reader import measured_tree
+from fusesnap.store.tree_reader import measured_tree, nar_events
 
 __all__ = [
     "Collected",
@@ -224,6 +225,23 @@ class LocalStore:
     def valid_closure(self, path: StorePath) -> list[StorePath]:
         """Return the closure of ``path``, sorted, from Nix's database; empty if it is not valid."""
         return self._target.nix.closure(path)
+
+    def all_valid(self) -> set[StorePath]:
+        """Return every path that is valid in Nix's sense."""
+        return {StorePath.parse_base_name(name) for name in self._target.nix.all_valid()}
+
+    def foreign_among(self, paths: Iterable[StorePath]) -> list[StorePath]:
+        """Return those of ``paths`` that others brought, real Nix for instance: nobody here has verified them."""
+        named = {path.base_name: path for path in paths}
+        return [named[name] for name in named.keys() - self._target.state.recorded_among(named)]
+
+    def nar_events(self, path: StorePath) -> Iterator[NarEvent]:
+        """Read a committed path as the events of its NAR; see ``tree_reader.nar_events``."""
+        return nar_events(self.location(path))
+
+    def discard(self, path: StorePath) -> None:
+        """Remove a path that is not what it should be, whoever needs it."""
+        self._collection.discard(path)
 
     def counts(self) -> StoreCounts:
         """Count paths, as the databases have them."""

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import trio
 
+from fusesnap.fetch.builder import Builder
 from fusesnap.fetch.events import ObserveFetch, unobserved
 from fusesnap.fetch.flight import Reader
 from fusesnap.fetch.link import open_link
@@ -64,6 +65,7 @@ async def make_realiser(
         limits: Limits | None = None,
         link_limits: LinkLimits | None = None,
         observe: ObserveFetch = unobserved,
+        builder: Builder | None = None,
     ) -> Realiser:
         pool = SubstituterPool(
             caches,
@@ -82,6 +84,7 @@ async def make_realiser(
             limits or Limits(),
             lambda pid: Reader(pid, "test"),
             observe,
+            builder,
         )
 
     return make
