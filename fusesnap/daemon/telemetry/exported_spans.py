@@ -101,7 +101,7 @@ class ExportedSpans:
             attributes = {"fusesnap.operation": event.question.operation, "fusesnap.reader": reader}
             fetch.span.add_event("a reader waits", attributes)
 
-    def call(self, name: str, **attributes: str) -> AbstractContextManager[object]:
+    def call(self, name: str, /, **attributes: str) -> AbstractContextManager[object]:
         """See ``Spans``."""
         named = {f"fusesnap.{word}": value for word, value in attributes.items()}
         return self._tracer.start_as_current_span(name, attributes=named)

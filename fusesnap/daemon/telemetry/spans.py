@@ -26,7 +26,7 @@ class Spans(Protocol):
         """See ``ObserveWait``."""
         ...
 
-    def call(self, name: str, **attributes: str) -> AbstractContextManager[object]:
+    def call(self, name: str, /, **attributes: str) -> AbstractContextManager[object]:
         """A span for the time of the block; what the block leads to in this task is below it."""
         ...
 
@@ -44,7 +44,7 @@ class NoSpans:
     def wait(self, event: WaitEvent) -> None:
         """See ``Spans``."""
 
-    def call(self, name: str, **attributes: str) -> AbstractContextManager[object]:
+    def call(self, name: str, /, **attributes: str) -> AbstractContextManager[object]:
         """See ``Spans``."""
         return nullcontext()
 

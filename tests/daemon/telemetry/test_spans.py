@@ -191,3 +191,8 @@ def test_a_receiver_is_a_url(tmp_path: Path, url: str) -> None:
     file.write_text(f'spans = "{url}"\n')
     with pytest.raises(InvalidConfiguration, match=r"spans: .*expected a URL"):
         load(file, {})
+
+
+def test_a_call_may_have_any_attribute() -> None:
+    with open_spans(None, "services").call("Commit", name="one", key="two"):
+        pass
