@@ -86,9 +86,22 @@ def store(answer: dict[str, Any]) -> str:
         if answer[key]
     ]
     told = f" ({', '.join(limits)})" if limits else ""
-    return (
+    line = (
         f"{size(answer['size'])}{told}, {size(answer['collectable_size'])} in "
         f"{answer['collectable_paths']} paths not in use; {size(answer['free'])} free on the disk"
+    )
+    return line + beyond(answer)
+
+
+def beyond(answer: dict[str, Any]) -> str:
+    """What is to be said where the store is beyond its limits."""
+    over = answer["over"]
+    if not over:
+        return ""
+    if over <= answer["collectable_size"]:
+        return f"; {size(over)} beyond its limits, to be removed"
+    return click.style(
+        f"; {size(over)} BEYOND ITS LIMITS, and too much is in use: delete images", fg="red"
     )
 
 

@@ -34,6 +34,7 @@ from fusesnap.fetch.unpacking import ThreadUnpackers
 from fusesnap.nix.signature import PublicKey, TrustedKeys
 from fusesnap.nix.store_path import StoreDir
 from fusesnap.store.local_store import LocalStore
+from fusesnap.store.room import StoreLimits
 from fusesnap.substituter.client import make_client, open_substituter, tls_context
 from fusesnap.substituter.credentials import Secrets
 from fusesnap.substituter.http import Timeouts
@@ -234,6 +235,7 @@ async def open_node(
     store = await trio.to_thread.run_sync(open_store, settings, store_dir)
     async with AsyncExitStack() as stack:
         stack.callback(store.close)
+        store.room.keep_to(StoreLimits(settings.store.max_size, settings.store.min_free))
         pool = await open_pool(
             settings, store_dir, authorities or Authorities.load(settings), stack
         )

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Awaitable, Callable
-from pathlib import Path
 from typing import Any
 
 import trio
@@ -13,6 +11,7 @@ import trio
 from fusesnap.config import Store
 from fusesnap.daemon.collection import standing
 from fusesnap.errors import FusesnapError
+from fusesnap.store.disk_space import free_space
 from fusesnap.store.local_store import Collected, LocalStore
 
 log = logging.getLogger(__name__)
@@ -76,17 +75,17 @@ class Collector:
         return max(0, over, lacking)
 
     def status(self) -> dict[str, Any]:
-        """The store as JSON values, in bytes; blocking. Raises ``StorageFailure``."""
-        survey = self._store.survey()
+        """The store as JSON values, in bytes; blocking. Raises ``StorageFailure``.
+
+        ``over``: how much too much there is, or how much too little is free.
+        """
+        limits, survey = self._limits, self._store.survey()
+        free = free_space(self._store.real)
+        over = survey.size - limits.max_size if limits.max_size else 0
         return {
             **standing(survey),
-            "max_size": self._limits.max_size,
-            "min_free": self._limits.min_free,
-            "free": free_space(self._store.real),
+            "max_size": limits.max_size,
+            "min_free": limits.min_free,
+            "free": free,
+            "over": max(0, over, limits.min_free - free),
         }
-
-
-def free_space(directory: Path) -> int:
-    """The bytes that others than root may still write where ``directory`` is."""
-    status = os.statvfs(directory)
-    return status.f_bavail * status.f_frsize

@@ -14,6 +14,7 @@ from fusesnap.errors import (
     FusesnapError,
     InvalidData,
     PathNotFound,
+    StorageFailure,
     Unavailable,
     UntrustedPath,
 )
@@ -24,11 +25,13 @@ from fusesnap.fetch.keeping import keeping
 from fusesnap.fetch.link import Link, PauseLost
 from fusesnap.fetch.priority import Priority
 from fusesnap.fetch.requests import Requests
+from fusesnap.fetch.reserving import Reservation, reservation
 from fusesnap.fetch.trees import Trees
 from fusesnap.fetch.unpacking import UnpackerDied, Unpackers
 from fusesnap.nix.store_path import HashPart, StorePath
 from fusesnap.nix.tree import Tree
 from fusesnap.store.local_store import LocalStore, Pin
+from fusesnap.store.room import is_full
 from fusesnap.substituter.pool import Offer, SubstituterPool
 
 log = logging.getLogger(__name__)
@@ -260,8 +263,7 @@ class Realiser:
         )
         try:
             flight.board()
-            async with keeping(self._store.roots, [flight.path]):
-                outcome = await self._fetch(flight)
+            outcome = await self._fetch_with_room(flight)
         except Exception as error:
             log.warning(
                 "%s cannot be had: %s",
@@ -274,7 +276,27 @@ class Realiser:
             del self._flights[flight.path]
             flight.land(outcome)
 
-    async def _fetch(self, flight: Flight) -> Tree:
+    async def _fetch_with_room(self, flight: Flight) -> Tree:
+        """Fetch; on a full disk remove what no root reaches, and fetch once more."""
+        try:
+            return await self._fetch_kept(flight)
+        except StorageFailure as error:
+            if not is_full(error):
+                raise
+            freed = await trio.to_thread.run_sync(self._store.room.free, self._size(flight.path))
+            log.warning("%s: %s; removed %d paths", flight.path, error, len(freed.paths))
+            if not freed.paths:
+                raise
+        return await self._fetch_kept(flight)
+
+    async def _fetch_kept(self, flight: Flight) -> Tree:
+        async with (
+            reservation(self._store.room) as room,
+            keeping(self._store.roots, [flight.path]),
+        ):
+            return await self._fetch(flight, room)
+
+    async def _fetch(self, flight: Flight, room: Reservation) -> Tree:
         """Try one offer after the other until one of them is the path."""
         failures: dict[str, FusesnapError] = {}
         forgotten: set[str] = set()
@@ -284,7 +306,7 @@ class Realiser:
                 return await self._built_tree(flight.path)
             try:
                 pin = await self._accept(offer)
-                tree = await self._transfer(flight, offer, pin)
+                tree = await self._transfer(flight, offer, pin, room)
             except (Unavailable, PathNotFound, InvalidData, UntrustedPath) as error:
                 log.warning("%s: %s: %s", offer.substituter.url, flight.path, error)
                 await self._pool.report_bad(offer, error)
@@ -343,24 +365,27 @@ class Realiser:
             )
         return await trio.to_thread.run_sync(self._store.pin, info)
 
-    async def _transfer(self, flight: Flight, offer: Offer, pin: Pin) -> Tree:
+    async def _transfer(self, flight: Flight, offer: Offer, pin: Pin, room: Reservation) -> Tree:
         for _ in range(UNPACK_ATTEMPTS - 1):
             try:
-                return await self._transfer_once(flight, offer, pin)
+                return await self._transfer_once(flight, offer, pin, room)
             except (UnpackerDied, PauseLost) as error:
                 log.warning("%s: %s; from its start again", flight.path, error)
         try:
-            return await self._transfer_once(flight, offer, pin)
+            return await self._transfer_once(flight, offer, pin, room)
         except PauseLost as error:
             raise Unavailable(str(error)) from error
 
-    async def _transfer_once(self, flight: Flight, offer: Offer, pin: Pin) -> Tree:
+    async def _transfer_once(
+        self, flight: Flight, offer: Offer, pin: Pin, room: Reservation
+    ) -> Tree:
         url, size = offer.substituter.url, offer.narinfo.file_size
         with (
             self._link.passage(flight.priority, url, size) as passage,
             flight.crossing(passage),
         ):
             await passage.turn()
+            await room.take(offer.narinfo.nar_size)
             flight.begin(url, size)
             stream = passage.pieces(offer.read, flight.resume)
             async with (

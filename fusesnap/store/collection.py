@@ -17,6 +17,7 @@ So a valid path always has its files and its references, and no path is ever the
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -25,7 +26,9 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import Final
 
+from fusesnap.errors import StorageFailure
 from fusesnap.nix.store_path import StoreDir, StorePath
+from fusesnap.store.ballast import Ballast
 from fusesnap.store.collector_lock import CollectorLock
 from fusesnap.store.disk_space import measure
 from fusesnap.store.locks import path_lock_if_free
@@ -46,6 +49,7 @@ BATCH: Final = 128
 EVICTION_STEPS: Final = ("invalidate", "move_away", "remove")
 
 _COLLECTED: Final = "collected"
+_FULL: Final = (errno.ENOSPC, errno.EDQUOT)
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +102,21 @@ class Collection:
         self._target = target
         self._store_dir = store_dir
         self._lock = lock
+        self._ballast = Ballast(target.layout.ballast)
+        self._ballast.restore()
+        self._sizes: dict[
+            int, int
+        ] = {}  # of paths whose size is not in the database yet, by ordinal
+
+    def size(self) -> int:
+        """The bytes that all committed paths take that are recorded. Writes nothing, unlike :meth:`measure`."""
+        state = self._target.state
+        unmeasured = state.unmeasured()
+        known = self._sizes
+        self._sizes = {
+            path.ordinal: known.get(path.ordinal) or self._measure(path) for path in unmeasured
+        }
+        return state.total_size() + sum(self._sizes.values())
 
     def measure(self) -> int:
         """Take note of what has come and gone since the last time; return the bytes that all committed paths take."""
@@ -105,11 +124,7 @@ class Collection:
         state = self._target.state
         for name in sorted(state.all_recorded().keys() - self._there()):
             forget_vanished(self._target, name)
-        sizes = {}
-        for path in state.unmeasured():
-            location = self._target.layout.real / path.base_name
-            with storage("measure", location), suppress(FileNotFoundError):
-                sizes[path.ordinal] = measure(location)[0]
+        sizes = {path.ordinal: self._measure(path) for path in state.unmeasured()}
         if sizes:
             state.set_sizes(sizes)
         return state.total_size()
@@ -125,8 +140,19 @@ class Collection:
     def collect(self, wanted: int | None, show: Callable[[Collected], None]) -> Collected:
         """Remove garbage until ``wanted`` bytes are free, all of it for ``None``.
 
-        ``show`` is told now and then how far it is.
+        ``show`` is told now and then how far it is. On a full disk the ballast gives the room that this takes.
         """
+        try:
+            return self._collect(wanted, show)
+        except StorageFailure as error:
+            if error.errno not in _FULL or not self._ballast.release():
+                raise
+        try:
+            return self._collect(wanted, show)
+        finally:
+            self._ballast.restore()
+
+    def _collect(self, wanted: int | None, show: Callable[[Collected], None]) -> Collected:
         self.measure()
         done = Collected()
         while wanted is None or done.size < wanted:
@@ -142,6 +168,12 @@ class Collection:
         self._adopt()
         stored = self._target.state.stored()
         self._evict([each for each in stored if each.base_name == path.base_name])
+
+    def _measure(self, path: StoredPath) -> int:
+        location = self._target.layout.real / path.base_name
+        with storage("measure", location), suppress(FileNotFoundError):
+            return measure(location)[0]
+        return 0
 
     def _turn(self, wanted: int | None) -> Collected:
         with ExitStack() as lock:

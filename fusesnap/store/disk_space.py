@@ -41,3 +41,9 @@ def _entries(directory: str) -> Iterator[tuple[str, os.stat_result]]:
         for entry in listing:
             with suppress(FileNotFoundError):
                 yield entry.path, entry.stat(follow_symlinks=False)
+
+
+def free_space(directory: Path) -> int:
+    """The bytes that others than root may still write where ``directory`` is. Raises OSError."""
+    status = os.statvfs(directory)
+    return status.f_bavail * status.f_frsize

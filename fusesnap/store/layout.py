@@ -60,6 +60,16 @@ class StateLayout:
         """What is being unpacked, a directory each."""
         return self.state / "staging"
 
+    @property
+    def ballast(self) -> Path:
+        """What is given away on a full disk."""
+        return self.state / "ballast"
+
+    @property
+    def reserved(self) -> Path:
+        """What processes have reserved for paths on their way, a file each."""
+        return self.state / "reserved"
+
     def nix_url(self, store_dir: StoreDir) -> str:
         """Return the URL under which real Nix opens this store."""
         query = {"store": store_dir.path, "real": self.real, "state": self.nix, "log": self.nix_log}

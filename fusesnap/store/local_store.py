@@ -25,6 +25,7 @@ from fusesnap.store.locks import directory_lock
 from fusesnap.store.nix_database import NixDatabase, ValidPathInfo
 from fusesnap.store.recovery import RecoveryReport, recover
 from fusesnap.store.registration import Registration
+from fusesnap.store.room import Room
 from fusesnap.store.roots import Roots
 from fusesnap.store.staging import CommitTarget, StagedPath
 from fusesnap.store.state_database import PathState, Pin, StateDatabase
@@ -82,6 +83,7 @@ class LocalStore:
         self._temporary = temporary
         self.roots = Roots(target.layout.nix, temporary, self._let_go)
         self._collection = Collection(target, store_dir, lock)
+        self.room = Room(self.real, target.layout.reserved, self._collection)
 
     @classmethod
     def open(cls, state: Path, store_dir: StoreDir, *, clock: Callable[[], float]) -> Self:
@@ -110,6 +112,7 @@ class LocalStore:
     def close(self) -> None:
         """Let go of what this process alone keeps, and close the databases."""
         self._temporary.close()
+        self.room.close()
         self._target.state.close()
         self._target.nix.close()
 

@@ -57,6 +57,7 @@ def answer(**changes: Any) -> dict[str, Any]:
             "max_size": 50_000_000_000,
             "min_free": 0,
             "free": 7_000_000_000,
+            "over": 0,
         },
         "fetching": [],
         "requested": {},
@@ -168,3 +169,16 @@ def test_a_cache_that_is_not_asked_says_so_and_when_it_will_be() -> None:
         "silent for 12 s  ok",
         "closed  avoided for 41 s, last error: http://cache: hash is wrong",
     ]
+
+
+def test_a_store_beyond_its_limits_says_what_to_do() -> None:
+    store = answer()["store"]
+    for over, said in (
+        (0, "7.0 GB free on the disk"),
+        (900_000, "; 900.0 kB beyond its limits, to be removed"),
+        (2_000_000, "; 2.0 MB BEYOND ITS LIMITS, and too much is in use: delete images"),
+    ):
+        (line,) = (
+            each for each in shown(store=store | {"over": over}) if each.startswith("store ")
+        )
+        assert line.endswith(said)

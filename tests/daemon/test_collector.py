@@ -76,6 +76,7 @@ async def test_beyond_its_size_the_oldest_garbage_goes(
         "max_size": 1,
         "min_free": 0,
         "free": 0,
+        "over": SIZE - 1,
     }
 
 

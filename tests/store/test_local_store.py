@@ -24,7 +24,7 @@ def test_the_layout(store: LocalStore, tmp_path: Path) -> None:
     assert store.real == state / "layer" / ".fusesnap-store"
     assert list(store.layer.iterdir()) == [store.real]
     assert sorted(path.name for path in state.iterdir() if "sqlite" not in path.name) == [
-        "layer", "nix", "staging",
+        "ballast", "layer", "nix", "staging",
     ]  # fmt: skip
     assert (state / "nix/gcroots/profiles").readlink() == state / "nix/profiles"
     assert stat.S_IMODE((state / "staging").stat().st_mode) == 0o700

@@ -9,9 +9,9 @@ from typing import Any
 import trio
 from prometheus_client import CollectorRegistry
 
-from fusesnap.daemon.collector import free_space
 from fusesnap.daemon.telemetry.keeper import Telemetry
 from fusesnap.daemon.telemetry.metrics import Picture, registry
+from fusesnap.store.disk_space import free_space
 from fusesnap.store.local_store import LocalStore
 
 
