@@ -79,17 +79,19 @@ class ContainerdCalls:
 
         So what the work reads may be closed afterwards. Raises as :meth:`ask`, and what the work raises.
         """
+        results: list[T] = []
+        failures: list[Exception] = []
         async with trio.open_nursery() as nursery:
             nursery.start_soon(_when_cancelled, cancel)
             try:
                 with translated():
-                    return await trio.to_thread.run_sync(work)
-            except Exception:
-                await trio.lowlevel.checkpoint_if_cancelled()
-                raise
-            finally:
-                nursery.cancel_scope.cancel()
-        raise AssertionError("unreachable: a block that raises nothing returned")
+                    results.append(await trio.to_thread.run_sync(work))
+            except Exception as error:  # noqa: BLE001  # raised outside of the nursery, which would make a group of it
+                failures.append(error)
+            nursery.cancel_scope.cancel()
+        for failure in failures:
+            raise failure
+        return results[0]
 
 
 async def _when_cancelled(cancel: Callable[[], object]) -> None:

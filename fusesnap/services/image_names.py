@@ -107,14 +107,18 @@ class ImageNames:
         old = await self._find(name)
         if old is None:
             undo.append(lambda: self._remove(name))
-            try:
-                await self._containerd.ask(
-                    self._images.Create, images_pb2.CreateImageRequest(image=image)
-                )
-            except AlreadyExists:  # somebody was quicker
-                await self._update(image)
+            await self._create(image)
         elif old.target != target or not _MANAGED.items() <= dict(old.labels).items():
             undo.append(lambda: self._update(old))
+            await self._update(image)
+
+    async def _create(self, image: images_pb2.Image) -> None:
+        try:
+            # A call that is cancelled may be carried out all the same, and after the one that undoes it.
+            with trio.CancelScope(shield=True):
+                request = images_pb2.CreateImageRequest(image=image)
+                await self._containerd.ask(self._images.Create, request)
+        except AlreadyExists:  # somebody was quicker
             await self._update(image)
 
     async def _find(self, name: str) -> images_pb2.Image | None:
@@ -127,7 +131,8 @@ class ImageNames:
     async def _update(self, image: images_pb2.Image) -> None:
         mask = FieldMask(paths=["target", *(f"labels.{key}" for key in _MANAGED)])
         request = images_pb2.UpdateImageRequest(image=image, update_mask=mask)
-        await self._containerd.ask(self._images.Update, request)
+        with trio.CancelScope(shield=True):  # as when it is created
+            await self._containerd.ask(self._images.Update, request)
 
     async def _remove(self, name: str) -> None:
         try:

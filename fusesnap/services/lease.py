@@ -35,11 +35,13 @@ async def leased(
     request = leases_pb2.CreateRequest(id=name, labels={EXPIRE_LABEL: expiry.isoformat()})
     failed = True
     try:
-        try:
-            await containerd.ask(leases.Create, request)
-        except AlreadyExists:
-            await _end(containerd, name, sync=True)
-            await containerd.ask(leases.Create, request)
+        # A call that is cancelled may be carried out all the same, and after the one that ends the lease.
+        with trio.CancelScope(shield=True):
+            try:
+                await containerd.ask(leases.Create, request)
+            except AlreadyExists:
+                await _end(containerd, name, sync=True)
+                await containerd.ask(leases.Create, request)
         yield containerd.under(name)
         failed = False
     finally:

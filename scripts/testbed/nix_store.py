@@ -67,9 +67,9 @@ class NixStore:
         )
         return output.strip()
 
-    def add(self, file: Path) -> str:
-        """Add a file as it is, under its own name; returns its store path, which is its content's address."""
-        return run(["nix-store", "--store", self.uri, "--add", file], env=CONFIGURATION).strip()
+    def add(self, *files: Path) -> list[str]:
+        """Add files as they are, under their own names; returns their store paths, addresses of their content."""
+        return run(["nix-store", "--store", self.uri, "--add", *files], env=CONFIGURATION).split()
 
     def query(self, what: str, *paths: str) -> list[str]:
         """Run ``nix-store --query`` on this store and return the lines that it prints."""

@@ -117,6 +117,11 @@ class Kubelet:
         request = cri_images_pb2.PullImageRequest(image=ImageSpec(image=reference))
         return self._images.PullImage(request, timeout=PULL).image_ref
 
+    def begin_pull(self, reference: str) -> grpc.Future[cri_images_pb2.PullImageResponse]:
+        """Pull an image without waiting."""
+        request = cri_images_pb2.PullImageRequest(image=ImageSpec(image=reference))
+        return self._images.PullImage.future(request, timeout=PULL)
+
     def remove_image(self, image: str) -> None:
         """Remove an image by its id or reference."""
         request = cri_images_pb2.RemoveImageRequest(image=ImageSpec(image=image))

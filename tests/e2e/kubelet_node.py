@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
@@ -30,13 +30,14 @@ unpackers = 1
 
 @dataclass(frozen=True, slots=True)
 class KubeletNode:
-    """``gate`` is between fusesnap and containerd."""
+    """``gate`` is between fusesnap and containerd; ``idle`` is what was held when it started."""
 
     kubelet: Kubelet
     gate: Gate
     daemon: FusesnapDaemon
     containerd: Containerd
     work: Path
+    idle: dict[str, set[str]] = field(default_factory=dict)
 
     def pod(self) -> Pod:
         """A new pod, whose container's output is in :meth:`logs`."""
@@ -50,6 +51,11 @@ class KubeletNode:
         assert pod.logs is not None
         lines = (pod.logs / "one.log").read_text().splitlines()
         return [line.partition(" ")[2] for line in lines]
+
+    def collect(self) -> None:
+        """Have containerd collect what nothing refers to."""
+        self.containerd.ctr("leases", "create", "--id", "collect")
+        self.containerd.ctr("leases", "delete", "--sync", "collect")
 
     def held(self) -> dict[str, set[str]]:
         """All that images leave in containerd, and the closures that we keep for them."""
@@ -66,18 +72,17 @@ class KubeletNode:
             "roots": {path.name for path in roots.iterdir()} if roots.exists() else set(),
         }
 
-    def wait_until_nothing_is_new(self, before: dict[str, set[str]]) -> None:
-        """Wait until nothing is held that was not ``before``. What importing the pause image left may have gone."""
-        new: dict[str, set[str]] = {}
+    def left(self) -> dict[str, set[str]]:
+        """What is held that was not when the node started."""
+        now = self.held()
+        return {kind: new for kind in now if (new := now[kind] - self.idle[kind])}
 
-        def nothing() -> bool:
-            new.update({kind: names - before[kind] for kind, names in self.held().items()})
-            return not any(new.values())
-
+    def wait_until_nothing_is_left(self) -> None:
+        """Wait until nothing is held that was not when the node started."""
         try:
-            self.daemon.service.wait_until(nothing)
+            self.daemon.service.wait_until(lambda: not self.left())
         except CommandFailed as error:
-            raise AssertionError(f"left over: {new}") from error
+            raise AssertionError(f"left over: {self.left()}") from error
 
 
 @contextlib.contextmanager
@@ -102,6 +107,8 @@ def kubelet_node(
         command = [program, "sleep", "1000"]
         client.import_archive(write_image(work / "pause.tar", [pause], name=PAUSE, command=command))
         daemon.service.wait_until(lambda: node.kubelet.image(PAUSE) is not None)
+        node.collect()  # what the import has left
+        node.idle.update(node.held())
         yield node
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+import grpc
 import pytest
 from testbed.binary_cache import CacheFiles, HttpCache, SigningKey, http_cache, write_cache
 from testbed.fusesnap_daemon import Source
@@ -17,6 +18,7 @@ from testbed.registry import Registry
 from testbed.synthetic import SimpleClosure
 from testbed.workplace import run_directory
 
+from .bad_images import BAD, Bad
 from .kubelet_node import KubeletNode, kubelet_node
 
 NixLayers = Callable[..., Layer]
@@ -41,7 +43,18 @@ def archive_file(
 @pytest.fixture(scope="module")
 def archive(nix_store: NixStore, archive_file: Path) -> str:
     """A store path that is that archive."""
-    return nix_store.add(archive_file)
+    (added,) = nix_store.add(archive_file)
+    return added
+
+
+@pytest.fixture(scope="module")
+def bad_archives(
+    tmp_path_factory: pytest.TempPathFactory, nix_store: NixStore, archive_file: Path
+) -> dict[str, str]:
+    """Store paths that are no good images."""
+    directory = tmp_path_factory.mktemp("bad")
+    added = nix_store.add(*(bad.write(archive_file, directory) for bad in BAD))
+    return {bad.name: path for bad, path in zip(BAD, added, strict=True)}
 
 
 @pytest.fixture(scope="module")
@@ -50,10 +63,12 @@ def images_cache(
     cache_files: CacheFiles,
     nix_store: NixStore,
     archive: str,
+    bad_archives: dict[str, str],
     key: SigningKey,
 ) -> Iterator[HttpCache]:
     """The session's cache, with images in it."""
-    files = write_cache(nix_store, [archive], cache_files.directory, compression="zstd", key=key)
+    paths = [archive, *bad_archives.values()]
+    files = write_cache(nix_store, paths, cache_files.directory, compression="zstd", key=key)
     with http_cache(files, tmp_path_factory.mktemp("nginx")) as running:
         yield running
 
@@ -82,10 +97,12 @@ def lives(
     simple: SimpleClosure,
     *,
     args: Sequence[str],
-    command: Sequence[str] = (),
+    also: Sequence[str] = (),
 ) -> None:
-    """From the first look at an image to its removal; nothing is left of it."""
-    before = node.held()
+    """From the first look at an image to its removal; nothing is left of it.
+
+    A kubelet calls an image by its id when it makes a container; ``also`` are other names for it.
+    """
     kubelet = node.kubelet
     assert kubelet.image(reference) is None
     id_ = kubelet.pull(reference)
@@ -100,13 +117,12 @@ def lives(
     ]
     (by_digest,) = image.repo_digests
     assert kubelet.image(by_digest) == image
-    # A kubelet says the image's id; containerd's CRI and its transfer service take the reference too.
-    for name in (id_, reference):
-        runs(node, name, simple, command=command, args=args)
+    for name in (id_, *also):
+        runs(node, name, simple, args=args)
     kubelet.remove_image(id_)
     assert kubelet.image(reference) is None
     assert id_ not in kubelet.images()
-    node.wait_until_nothing_is_new(before)
+    node.wait_until_nothing_is_left()
 
 
 def runs(
@@ -115,12 +131,11 @@ def runs(
     simple: SimpleClosure,
     *,
     args: Sequence[str],
-    command: Sequence[str] = (),
 ) -> None:
     """A pod with a container of the image, from its start to its removal."""
     kubelet, pod = node.kubelet, node.pod()
     with kubelet.pod(pod) as identity:
-        config = pod.container(image, command, args)
+        config = pod.container(image, args=args)
         container = kubelet.start(identity, pod, config)
         program = f"{simple.busybox}/bin/busybox"
         assert kubelet.execute(container, program, "echo", "hello") == "hello\n"
@@ -135,9 +150,10 @@ def test_store_paths_are_images(
 ) -> None:
     """An archive, and a package that nobody has made an image of."""
     images_cache.clear_requests()
-    lives(node, f"nix:0{simple.busybox}", simple, args=["sh", "-c", SERVE])
+    package, image = f"nix:0{simple.busybox}", f"nix:0{archive}:latest"
+    lives(node, package, simple, args=["sh", "-c", SERVE], also=[package, f"{package}:latest"])
     assert images_cache.requested_nars(simple.closure.paths) == {simple.busybox}
-    lives(node, f"nix:0{archive}:latest", simple, args=["-c", SERVE])
+    lives(node, image, simple, args=["-c", SERVE])
     assert simple.large not in images_cache.requested_nars(simple.closure.paths)
     assert node.kubelet.image_file_systems()
 
@@ -160,3 +176,99 @@ def test_images_of_a_registry_are_as_ever(
     )
     reference = image_registry.push(ordinary, f"{name}-ordinary")
     lives(node, reference, simple, args=["sh", "-c", SERVE])
+
+
+on_one = pytest.mark.parametrize("node", ["2"], indirect=True)
+
+
+@on_one
+def test_a_pull_of_what_is_there_asks_no_cache(
+    node: KubeletNode, images_cache: HttpCache, archive: str, simple: SimpleClosure
+) -> None:
+    """Nor is anything collected that belongs to it, and a containerd that starts anew knows it."""
+    id_ = node.kubelet.pull(f"nix:0{archive}")
+    images_cache.clear_requests()
+    assert node.kubelet.pull(f"nix:0{archive}:latest") == id_
+    assert not images_cache.requests()
+    there = node.held()
+    node.collect()
+    assert node.held() == there
+    hash_alone = f"nix:0{archive.partition('-')[0]}"
+    assert node.kubelet.pull(hash_alone) == id_
+    runs(node, f"nix:0{archive}", simple, args=["-c", SERVE])
+    node.kubelet.remove_image(hash_alone)
+    node.wait_until_nothing_is_left()
+
+
+# What a pull asks of containerd.
+CALLS = [
+    "Leases/Create",
+    "Content/Write",
+    "Snapshots/Prepare",
+    "Diff/Apply",
+    "Snapshots/Commit",
+    "Content/Update",
+    "Images/Create",
+]
+
+
+@on_one
+@pytest.mark.parametrize(
+    ("call", "after"),
+    [
+        ("Leases/Create", True),
+        ("Content/Write", False),
+        ("Content/Write", True),
+        ("Snapshots/Prepare", True),
+        ("Diff/Apply", False),
+        ("Snapshots/Commit", True),
+        ("Content/Update", False),
+        ("Images/Create", True),
+    ],
+)
+def test_a_pull_that_is_given_up_leaves_nothing(
+    node: KubeletNode, archive: str, call: str, *, after: bool
+) -> None:
+    """Before containerd is asked, or when it has done it and nobody knows."""
+    with node.gate.holding(call, after=after) as hold:
+        pull = node.kubelet.begin_pull(f"nix:0{archive}")
+        assert hold.reached.wait(20)
+        pull.cancel()
+    node.wait_until_nothing_is_left()
+
+
+@on_one
+@pytest.mark.parametrize("call", CALLS)
+def test_a_pull_that_fails_leaves_nothing(node: KubeletNode, archive: str, call: str) -> None:
+    with node.gate.refusing(call), pytest.raises(grpc.RpcError, match=f"{call} is refused"):
+        node.kubelet.pull(f"nix:0{archive}")
+    assert not node.left()
+
+
+@on_one
+@pytest.mark.parametrize("bad", BAD, ids=[bad.name for bad in BAD])
+def test_what_is_no_good_image_is_refused_with_the_reason(
+    node: KubeletNode, bad_archives: dict[str, str], bad: Bad
+) -> None:
+    refused(node, bad_archives[bad.name], bad.said)
+
+
+@on_one
+def test_what_is_no_image_at_all_is_refused_with_the_reason(
+    node: KubeletNode, simple: SimpleClosure
+) -> None:
+    nowhere = f"/nix/store/{'0' * 32}-nothing"
+    refused(node, nowhere, "0" * 32)
+    refused(node, f"{simple.busybox}-other", simple.busybox)
+    refused(node, "/etc/passwd", "expected nix:0/nix/store/<hash>-<name>")
+    refused(node, simple.file, simple.file)
+    refused(node, simple.tree, simple.tree, "bin")
+
+
+def refused(node: KubeletNode, path: str, *said: str) -> None:
+    """An image cannot be had, and nothing is left; what is ``said`` is in the message."""
+    with pytest.raises(grpc.RpcError) as caught:
+        node.kubelet.pull(f"nix:0{path}")
+    message = str(caught.value.details())
+    assert all(each in message for each in said), message
+    assert not node.left()
