@@ -163,6 +163,9 @@ class Traces(BaseModel):
         True,
         description="fetch what an earlier start of the same image has read before this one asks",
     )
+    ask_caches: bool = Field(
+        True, description="ask caches for traces that a trusted key has signed"
+    )
     idle: float = Field(
         10.0,
         gt=0,

@@ -17,6 +17,7 @@ from fusesnap.cli.trace_tables import listed, shown, summary, trace_json
 from fusesnap.errors import FusesnapError, InvalidData, StorageFailure
 from fusesnap.fetch.traces.database import NAME, Origin, TraceDatabase
 from fusesnap.fetch.traces.naming import chosen, names
+from fusesnap.fetch.traces.search import file_name
 from fusesnap.nix.signature import SecretKey
 from fusesnap.nix.startup_trace import StartupTrace, merge_traces
 from fusesnap.nix.startup_trace_text import (
@@ -25,6 +26,7 @@ from fusesnap.nix.startup_trace_text import (
     parse_trace,
     sign_trace,
 )
+from fusesnap.nix.trace_labels import trace_labels
 
 STDIN = "-"
 
@@ -34,6 +36,13 @@ state_option = click.option(
     metavar="DIR",
     help="State directory; a running daemon's is fine. "
     "Default: /var/lib/fusesnap, for others than root ~/.local/state/fusesnap",
+)
+output_option = click.option(
+    "--output",
+    "-o",
+    type=click.Path(path_type=Path, allow_dash=True),
+    metavar="FILE",
+    help="Where to write it. Default: standard output.",
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="For scripts: JSON.")
 
@@ -96,13 +105,7 @@ def show(name: str, state: Path | None, as_json: bool, extents: bool) -> None:
 
 @trace.command()
 @click.argument("name", shell_complete=complete_name)
-@click.option(
-    "--output",
-    "-o",
-    type=click.Path(path_type=Path, allow_dash=True),
-    metavar="FILE",
-    help="Where to write it. Default: standard output.",
-)
+@output_option
 @click.option(
     "--secret-key-file",
     type=click.Path(path_type=Path, exists=True, dir_okay=False),
@@ -115,27 +118,37 @@ def show(name: str, state: Path | None, as_json: bool, extents: bool) -> None:
     metavar="DIR",
     help="Put it into this binary cache, where nodes that trust the key find it.",
 )
+@click.option(
+    "--annotations",
+    is_flag=True,
+    help="Write it as annotations for the image's Nix layer: a JSON object.",
+)
 @state_option
 def export(
     name: str,
     output: Path | None,
     secret_key_file: Path | None,
     cache: Path | None,
+    annotations: bool,
     state: Path | None,
 ) -> None:
-    """Write the trace NAME, to be imported on another node or put into a binary cache.
+    """Write the trace NAME, to be imported on another node, or to go with the image.
 
-    A binary cache has it as trace/<digest of the closure>. Nodes use only what a key that they trust has signed.
+    A binary cache has it as trace/<digest of the closure>; an image may carry it in annotations of its Nix layer. Of
+    both, nodes use only what a key that they trust has signed.
     """
     found = find(name, state)
     if secret_key_file is not None:
         found = sign_trace(found, read_key(secret_key_file))
+    for option, given in (("--cache", cache is not None), ("--annotations", annotations)):
+        if given and not found.signatures:
+            raise click.UsageError(f"{option}: nodes would not trust it without --secret-key-file")
     if cache is not None:
-        if not found.signatures:
-            raise click.UsageError("--cache: nodes would not trust it without --secret-key-file")
-        output = cache / "trace" / found.closure.hex
-        output.parent.mkdir(exist_ok=True)
-    write(output, format_trace(found))
+        write(make_parent(cache / file_name(found.closure)), format_trace(found))
+    if annotations:
+        write(output, json.dumps(trace_labels(found), indent=2).encode() + b"\n")
+    elif cache is None or output is not None:
+        write(output, format_trace(found))
 
 
 @trace.command("import")
@@ -163,13 +176,7 @@ def import_(files: tuple[Path, ...], state: Path | None) -> None:
 @click.argument(
     "sources", nargs=-1, required=True, metavar="NAME|FILE...", shell_complete=complete_name
 )
-@click.option(
-    "--output",
-    "-o",
-    type=click.Path(path_type=Path, allow_dash=True),
-    metavar="FILE",
-    help="Where to write it. Default: standard output.",
-)
+@output_option
 @state_option
 def merge(sources: tuple[str, ...], output: Path | None, state: Path | None) -> None:
     """Make one trace of several of the same closure.
@@ -231,6 +238,17 @@ def read_key(file: Path) -> SecretKey:
         raise StorageFailure(f"cannot read {file}: {error.strerror}", error.errno or 0) from error
     except (InvalidData, UnicodeDecodeError) as error:
         raise InvalidData(f"{file}: {error}") from error
+
+
+def make_parent(file: Path) -> Path:
+    """``file``, in a directory that is there. Raises ``StorageFailure``."""
+    try:
+        file.parent.mkdir(exist_ok=True)
+    except OSError as error:
+        raise StorageFailure(
+            f"cannot create {file.parent}: {error.strerror}", error.errno or 0
+        ) from error
+    return file
 
 
 def write(output: Path | None, data: bytes) -> None:

@@ -18,10 +18,13 @@ from fusesnap.errors import FusesnapError
 from fusesnap.fetch.traces.database import NAME, TraceDatabase
 from fusesnap.fetch.traces.recorder import Bounds, Recorder
 from fusesnap.fetch.traces.recording import Start
+from fusesnap.fetch.traces.search import TraceSearch
 from fusesnap.fetch.traces.traces import Policy, Traces
 from fusesnap.filesystem.waiting import WaitingRequests
 from fusesnap.nix.closure_digest import ClosureDigest
+from fusesnap.nix.signature import TrustedKeys
 from fusesnap.nix.store_path import StoreDir, StorePath
+from fusesnap.nix.trace_labels import TRACE_LABEL_PREFIX, parse_trace_labels
 
 log = logging.getLogger(__name__)
 
@@ -48,10 +51,17 @@ def make_traces(node: Node, recorder: Recorder, waiting: WaitingRequests) -> Tra
         node.realiser.request,
         waiting.paths,
         container_of,
+        TraceSearch(
+            node.pool.caches(),
+            TrustedKeys.parse(settings.trusted_public_keys),
+            time.time,
+            settings.fetch.lookup_timeout,
+        ),
         time.time,
         Policy(
             record=settings.traces.record,
             replay=settings.traces.replay,
+            ask=settings.traces.ask_caches,
             version=version("fusesnap"),
             readahead=settings.readahead_kib * 1024,
             boot=BOOT_ID.read_text(encoding="ascii").strip(),
@@ -63,17 +73,31 @@ def calls(node: Node, traces: Traces, nursery: trio.Nursery) -> Mapping[str, con
     """What the worker is told of starts. It answers at once, and goes about it afterwards."""
 
     async def start(question: Mapping[str, Any]) -> dict[str, Any]:
+        there, lazy = (
+            frozenset(node.store_dir.parse(path) for path in question[which])
+            for which in ("there", "lazy")
+        )
+        closure = ClosureDigest.of(there | lazy, node.store_dir)
+        start = Start(str(question["key"]), str(question["upper"]), closure, there | lazy, lazy)
+        nursery.start_soon(traces.begin, start)
+        return {}
+
+    async def foresee(question: Mapping[str, Any]) -> dict[str, Any]:
         paths = frozenset(node.store_dir.parse(path) for path in question["paths"])
         closure = ClosureDigest.of(paths, node.store_dir)
-        start = Start(str(question["key"]), str(question["upper"]), closure, paths)
-        nursery.start_soon(traces.begin, start)
+        try:
+            carried = parse_trace_labels(question["labels"])
+        except FusesnapError as error:
+            log.warning("the trace that an image carries is not used: %s", error)
+            carried = None
+        nursery.start_soon(traces.foresee, closure, paths, carried)
         return {}
 
     async def end(question: Mapping[str, Any]) -> dict[str, Any]:
         nursery.start_soon(traces.end, str(question["key"]))
         return {}
 
-    return {"start": start, "end": end}
+    return {"start": start, "foresee": foresee, "end": end}
 
 
 class HintedStarts:
@@ -84,20 +108,36 @@ class HintedStarts:
         self._worker = worker
         self._nursery = nursery
 
-    def begins(self, key: str, upper: Path, paths: frozenset[StorePath]) -> None:
+    def begins(
+        self, key: str, upper: Path, paths: frozenset[StorePath], lazy: frozenset[StorePath]
+    ) -> None:
         """See ``Starts``."""
-        self._nursery.start_soon(self._begins, key, upper, paths)
+        self._nursery.start_soon(self._begins, key, upper, paths, lazy)
+
+    def foreseen(self, paths: frozenset[StorePath], labels: Mapping[str, str]) -> None:
+        """See ``Starts``."""
+        self._nursery.start_soon(self._foreseen, paths, labels)
 
     def ended(self, key: str) -> None:
         """See ``Starts``."""
         self._nursery.start_soon(self._hint, "end", {"key": key})
 
-    async def _begins(self, key: str, upper: Path, paths: frozenset[StorePath]) -> None:
+    async def _begins(
+        self, key: str, upper: Path, paths: frozenset[StorePath], lazy: frozenset[StorePath]
+    ) -> None:
+        there, missing = (
+            [self._store_dir.format(path) for path in each] for each in (paths - lazy, lazy)
+        )
+        question = {"key": key, "upper": str(upper), "there": there, "lazy": missing}
+        await self._hint("start", question)
+
+    async def _foreseen(self, paths: frozenset[StorePath], labels: Mapping[str, str]) -> None:
         names = [self._store_dir.format(path) for path in paths]
-        await self._hint("start", {"key": key, "upper": str(upper), "paths": names})
+        said = {key: value for key, value in labels.items() if key.startswith(TRACE_LABEL_PREFIX)}
+        await self._hint("foresee", {"paths": names, "labels": said})
 
     async def _hint(self, call: str, arguments: Mapping[str, Any]) -> None:
         try:
             await control.ask(self._worker, call, **arguments)
         except FusesnapError as error:
-            log.info("the worker was not told that %s: %s", arguments["key"], error)
+            log.info("the worker did not take a hint (%s): %s", call, error)

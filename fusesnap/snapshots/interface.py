@@ -222,11 +222,17 @@ class LazyLayer(Protocol):
 class Starts(Protocol):
     """Who wants to know when containers start. Its methods do not wait, and do not fail."""
 
-    def begins(self, key: str, upper: Path, paths: frozenset[StorePath]) -> object:
-        """A container is about to start, and some of its ``paths`` will be served by the lazy layer.
+    def begins(
+        self, key: str, upper: Path, paths: frozenset[StorePath], lazy: frozenset[StorePath]
+    ) -> object:
+        """A container is about to start; of its ``paths`` those in ``lazy`` will be served by the lazy layer.
 
         ``upper`` is the upper directory of its root. It may be said again for the same ``key``.
         """
+        ...
+
+    def foreseen(self, paths: frozenset[StorePath], labels: Mapping[str, str]) -> object:
+        """A layer with these ``labels`` is committed, above which containers show ``paths``."""
         ...
 
     def ended(self, key: str) -> object:

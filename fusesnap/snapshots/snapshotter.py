@@ -225,7 +225,7 @@ class Snapshotter(Snapshots):
                     await trio.to_thread.run_sync(self._answer_with, snapshot, chain, plan, clones)
                 generation = plan.generation
                 upper, kind = self._directories.fs(snapshot.id), snapshot.info.kind
-                self._hints.answered(kind, key, upper, chain, generation)
+                self._hints.answered(kind, key, upper, chain, plan)
         return self._answers.mounts(snapshot.id, snapshot.info.kind, chain, generation, owners)
 
     async def commit(
@@ -246,7 +246,8 @@ class Snapshotter(Snapshots):
             if not is_shifting(key):
                 layers = self._answers.image_layers(chain)
                 fs = self._directories.fs(active.id)
-                root = partial(self._roots.add, active.id)
+                add = partial(self._roots.add, active.id)
+                root = self._hints.rooting(add, chain, all_labels)
                 facts = await self._nix.facts(fs, all_labels, chain.paths, layers, root)
             await trio.to_thread.run_sync(self._commit, active, chain, key, name, labels, facts)
         except StorageFailure:
@@ -305,7 +306,7 @@ class Snapshotter(Snapshots):
                 self._insert, kind, key, parent, labels, chain, owners, plan, clones
             )
         generation = plan.generation if plan is not None else None
-        self._hints.answered(kind, key, self._directories.fs(id_), chain, generation)
+        self._hints.answered(kind, key, self._directories.fs(id_), chain, plan)
         return self._answers.mounts(id_, kind, chain, generation, owners)
 
     def _insert(

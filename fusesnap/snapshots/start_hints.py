@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
+import trio
+
+from fusesnap.nix.store_path import StorePath
 from fusesnap.snapshots.interface import Kind, Starts
-from fusesnap.snapshots.records import Chain, Generation
+from fusesnap.snapshots.records import Chain
+from fusesnap.snapshots.views import Plan
 
 
 class StartHints:
@@ -17,13 +22,30 @@ class StartHints:
     def __init__(self, starts: Starts | None) -> None:
         self._starts = starts
 
-    def answered(
-        self, kind: Kind, key: str, upper: Path, chain: Chain, generation: Generation | None
-    ) -> None:
-        """A snapshot is answered for with ``generation``, for the first time or because it is started again."""
-        lazy = generation is not None and not generation.complete
+    def rooting(
+        self,
+        root: Callable[[Iterable[StorePath]], None],
+        chain: Chain,
+        labels: Mapping[str, str],
+    ) -> Callable[[Iterable[StorePath]], None]:
+        """``root``, to be called in a thread with the paths of a layer above ``chain``: from then on they are known.
+
+        So that whoever wants to ask caches does it while they are asked for these paths.
+        """
+
+        def root_and_tell(paths: Iterable[StorePath]) -> None:
+            root(paths)
+            if self._starts is not None:
+                shown = chain.paths.keys() | set(paths)
+                trio.from_thread.run_sync(self._starts.foreseen, frozenset(shown), labels)
+
+        return root_and_tell
+
+    def answered(self, kind: Kind, key: str, upper: Path, chain: Chain, plan: Plan | None) -> None:
+        """A snapshot is answered for by ``plan``, for the first time or because it is started again."""
+        lazy = plan.lazy if plan is not None else frozenset()
         if self._starts is not None and lazy and kind is Kind.ACTIVE:
-            self._starts.begins(key, upper, frozenset(chain.paths))
+            self._starts.begins(key, upper, frozenset(chain.paths), lazy)
 
     def removed(self, key: str) -> None:
         """A snapshot that the lazy layer may have served is removed."""

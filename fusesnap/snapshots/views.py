@@ -44,12 +44,14 @@ class StoreState:
 class Plan:
     """A generation, and the farms that must be there before it is answered with.
 
-    ``wanted``: missing single files, of which nothing can be said before they are there.
+    ``wanted``: missing single files, of which nothing can be said before they are there. ``lazy``: all paths that the
+    lazy layer serves in it, also when they have come.
     """
 
     generation: Generation
     farms: tuple[Farm, ...]
     wanted: tuple[StorePath, ...]
+    lazy: frozenset[StorePath]
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +72,7 @@ class _Sorted:
 
     directories: tuple[str, ...]
     files: tuple[str, ...]
-    missing_directories: tuple[str, ...]
+    missing_directories: tuple[StorePath, ...]
     in_view: tuple[StorePath, ...]
     wanted: tuple[StorePath, ...]
 
@@ -186,7 +188,7 @@ class Views:
         """
         directories: list[str] = []
         files: list[str] = []
-        missing_directories: list[str] = []
+        missing_directories: list[StorePath] = []
         in_view: list[StorePath] = []
         incomplete = {_sort_of(paths[path]) for path in missing}
         with storage("look at", self._content):
@@ -195,7 +197,7 @@ class Views:
                 if sort is PathKind.DIRECTORY and path in missing:
                     # It is in the closure farm too: the farm stays the same when the path arrives.
                     directories.append(name)
-                    missing_directories.append(name)
+                    missing_directories.append(path)
                 elif sort is not PathKind.DIRECTORY and sort in incomplete:
                     in_view.append(path)
                 else:
@@ -222,14 +224,16 @@ class Views:
         self._farms.ensure(closure)
         if not paths.missing_directories and files_view is None:
             generation = Generation(closure.key, None, None, None)
-            return Plan(generation, (closure,), paths.wanted)
-        lazy = Farm(parents, LAZY_NAME, paths.missing_directories)
+            return Plan(generation, (closure,), paths.wanted, frozenset())
+        names_of_missing = tuple(path.base_name for path in paths.missing_directories)
+        lazy = Farm(parents, LAZY_NAME, names_of_missing)
         self._farms.ensure(lazy)
         lazy_layer = None
         if paths.missing_directories and self._lazy is not None:
             lazy_layer = self._lazy.layer
         generation = Generation(closure.key, lazy.key, files_view, lazy_layer)
-        return Plan(generation, (closure, lazy), paths.wanted)
+        served = frozenset((*paths.missing_directories, *paths.in_view))
+        return Plan(generation, (closure, lazy), paths.wanted, served)
 
 
 def _serves(plan: Plan, *, complete: bool) -> bool:

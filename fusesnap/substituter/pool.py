@@ -144,6 +144,10 @@ class SubstituterPool:
                 _note_bad_offer(watched, error)
         await self._save_answers()
 
+    def caches(self) -> Sequence[WatchedSubstituter]:
+        """The caches themselves, in the user's order, for files that belong to no store path."""
+        return self._watched
+
     def states(self) -> list[CacheState]:
         """What is known of each cache, in the user's order."""
         return [watched.state() for watched in self._watched]

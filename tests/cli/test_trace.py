@@ -17,6 +17,7 @@ from fusesnap.nix.closure_digest import ClosureDigest
 from fusesnap.nix.signature import TrustedKeys
 from fusesnap.nix.startup_trace import Flaw, Lack, StartupTrace, merge_traces
 from fusesnap.nix.startup_trace_text import check_trace_trust, format_trace, parse_trace
+from fusesnap.nix.trace_labels import parse_trace_labels
 
 from ..nix.traces import CLOSURE, DATA, GLIBC, HELLO, WELL, example
 from ..substituter.samples import KEY
@@ -156,6 +157,10 @@ def test_it_is_signed_for_a_cache(trace: Trace, tmp_path: Path) -> None:
     trace("export", "hello", "--cache", tmp_path / "cache", "--secret-key-file", key)
     written = parse_trace((tmp_path / "cache/trace" / CLOSURE.hex).read_bytes())
     check_trace_trust(written, TrustedKeys((KEY.public_key(),)))
+    said = trace("export", "hello", "--annotations", "--secret-key-file", key).stdout
+    assert parse_trace_labels(json.loads(said)) == written
+    refused = trace("export", "hello", "--annotations")
+    assert "--annotations: nodes would not trust it" in refused.output
     key.write_text("name:no")
     with pytest.raises(InvalidData, match="key: secret key"):
         trace("export", "hello", "--secret-key-file", key)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from testbed.binary_cache import HttpCache, SigningKey
+from testbed.binary_cache import CacheFiles, HttpCache, SigningKey, http_cache
 from testbed.containerd import Containerd, containerd
 from testbed.fusesnap_daemon import PROGRAM, FusesnapDaemon, Source, fusesnap_daemon, prefetch
 from testbed.images import Layer
@@ -42,10 +42,22 @@ def create(client: Containerd, reference: str, name: str) -> None:
 
 def test_the_next_start_is_fetched_in_the_order_of_the_last_before_it_asks(
     make_node: NodeMaker,
-    cache: HttpCache,
+    own_cache_files: CacheFiles,
     simple: SimpleClosure,
     nix_layers: NixLayers,
     base_layer: Layer,
+    key: SigningKey,
+    work: Path,
+) -> None:
+    with http_cache(own_cache_files, work / "nginx") as cache:
+        play(make_node, cache, simple, [base_layer, nix_layers()], key, work)
+
+
+def play(
+    make_node: NodeMaker,
+    cache: HttpCache,
+    simple: SimpleClosure,
+    layers: Sequence[Layer],
     key: SigningKey,
     work: Path,
 ) -> None:
@@ -53,7 +65,7 @@ def test_the_next_start_is_fetched_in_the_order_of_the_last_before_it_asks(
     (work / "one.toml").write_text("[fetch]\ntransfers = 1\n")
     options = ["--config", str(work / "one.toml")]
     node = make_node(cache.url, options=options)
-    reference = node.pull([base_layer, nix_layers()])
+    reference = node.pull(layers)
     read = f"cat {simple.tree}/self; head -c 9 {simple.large}/data; cat {simple.tree}/wide/file-7"
     node.containerd.run(reference, "one", "/bin/sh", "-c", read)
     (first,) = recorded(node.daemon)
@@ -67,7 +79,18 @@ def test_the_next_start_is_fetched_in_the_order_of_the_last_before_it_asks(
     assert read_in_order == ["self", "data", "wide/file-7"]
     assert sum(each["length"] for each in found["extents"]) < 2_000_000  # not the 5 MB beside it
 
-    # Evicted, and pulled again: at its creation the container's paths come in this order, and nothing runs yet.
+    # Put into the cache, forgotten, evicted, and pulled again: when a container is created its paths come in this
+    # order, and nothing runs yet.
+    exported = work / "exported"
+    trace(node.daemon.state, "export", "busybox", "-o", exported)
+    signed: list[str | Path] = [
+        "--secret-key-file",
+        key.secret_file,
+        "--cache",
+        cache.files.directory,
+    ]
+    trace(node.daemon.state, "export", "busybox", *signed)
+    trace(node.daemon.state, "remove", "busybox")
     node.containerd.ctr("images", "rm", "--sync", reference)
     run([PROGRAM, "store", "gc", "--state", node.daemon.state])
     node.containerd.pull(reference)
@@ -75,10 +98,9 @@ def test_the_next_start_is_fetched_in_the_order_of_the_last_before_it_asks(
     create(node.containerd, reference, "two")
     node.daemon.service.wait_until(lambda: simple.large in nars(cache, order))
     assert nars(cache, order) == order
+    assert [each["origin"] for each in recorded(node.daemon)] == ["cache"]
 
     # And so it is on another node, to which the trace was carried, and where one path is there already.
-    exported = work / "exported"
-    trace(node.daemon.state, "export", "busybox", "-o", exported)
     source = Source([cache.url], [key.public])
     with contextlib.ExitStack() as stack:
         other = stack.enter_context(fusesnap_daemon(work / "t", source=source, options=options))
@@ -92,7 +114,11 @@ def test_the_next_start_is_fetched_in_the_order_of_the_last_before_it_asks(
         other.service.wait_until(lambda: simple.large in nars(cache, order))
         assert nars(cache, order) == order
         client.run(reference, "four", "/bin/ls", simple.unused)
-        other.service.wait_until(lambda: len(recorded(other)) == 2)
-        (partial,) = [each for each in recorded(other) if each["origin"] == "recorded"]
+
+        def own() -> list[dict[str, Any]]:
+            return [each for each in recorded(other) if each["origin"] == "recorded"]
+
+        other.service.wait_until(lambda: bool(own()))
+        (partial,) = own()
     assert {"path": simple.file.removeprefix("/nix/store/"), "why": "committed"} in partial["lacks"]
     assert not partial["complete"]

@@ -210,8 +210,13 @@ class HeardStarts:
     def __init__(self) -> None:
         self.heard: list[tuple[object, ...]] = []
 
-    def begins(self, key: str, upper: Path, paths: frozenset[StorePath]) -> None:
-        self.heard.append(("begins", key, upper, paths))
+    def begins(
+        self, key: str, upper: Path, paths: frozenset[StorePath], lazy: frozenset[StorePath]
+    ) -> None:
+        self.heard.append(("begins", key, upper, paths, lazy))
+
+    def foreseen(self, paths: frozenset[StorePath], labels: Mapping[str, str]) -> None:
+        self.heard.append(("foreseen", paths, dict(labels)))
 
     def ended(self, key: str) -> None:
         self.heard.append(("ended", key))

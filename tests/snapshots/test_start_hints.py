@@ -16,10 +16,15 @@ async def test_starts_that_the_lazy_layer_serves_are_told(bench: Bench) -> None:
     await bench.nix_layer("image", "lower", tool)
     await bench.layer("ordinary", "", {"file": b"x"})
     heard = bench.starts.heard
-    assert heard == []  # unpacking is no start
+    # Unpacking is no start, but what is unpacked will be started: with the paths of all its layers.
+    assert [each[:2] for each in heard] == [
+        ("foreseen", frozenset({base})),
+        ("foreseen", frozenset({base, tool})),
+    ]
+    heard.clear()
     await bench.snapshotter.prepare("one", "image", {})
     (upper,) = await bench.snapshotter.uppers()
-    assert heard == [("begins", "one", Path(upper), frozenset({tool, base}))]
+    assert heard == [("begins", "one", Path(upper), frozenset({tool, base}), frozenset({tool}))]
     await bench.snapshotter.mounts("one")  # its task starts, perhaps again
     assert heard[1:] == heard[:1]
     heard.clear()

@@ -21,7 +21,7 @@ from fusesnap.store.database import Database
 log = logging.getLogger(__name__)
 
 NAME: Final = "traces.sqlite"
-SCHEMA_VERSION: Final = 1
+SCHEMA_VERSION: Final = 2
 _SCHEMA: Final = """
 CREATE TABLE traces (
     closure TEXT NOT NULL,             -- 64 hexadecimal digits
@@ -41,10 +41,24 @@ CREATE TABLE recordings (
 CREATE TABLE shown (ordinal INTEGER PRIMARY KEY);
 CREATE TABLE boots (id TEXT PRIMARY KEY) WITHOUT ROWID
 """
+_ASKED: Final = """
+CREATE TABLE asked (
+    closure TEXT NOT NULL,
+    url TEXT NOT NULL,                 -- of a binary cache
+    until INTEGER NOT NULL,            -- seconds since 1970 until which it need not be asked again
+    PRIMARY KEY (closure, url)
+) WITHOUT ROWID
+"""
+# What each version added.
+_STEPS: Final = (_SCHEMA, _ASKED)
 # A trace has some 50 KiB; a node that meets more images than this has forgotten the first.
 KEPT_CLOSURES: Final = 1000
 # Starts of one image differ little. Merging ever more of them would collect what only one in many reads.
 MERGED_STARTS: Final = 8
+
+
+# Seconds for which an answer that is out of date stays on disk.
+ASKED_FOR: Final = 7 * 24 * 3600
 
 
 class Origin(StrEnum):
@@ -136,10 +150,31 @@ class TraceDatabase:
         return found[0]
 
     def remove(self, closure: ClosureDigest) -> int:
-        """Forget the traces of ``closure``; says how many there were."""
+        """Forget the traces of ``closure``, and what caches said of it; says how many traces there were."""
         with self._database.writing("remove traces from") as connection:
+            connection.execute("DELETE FROM asked WHERE closure = ?", (closure.hex,))
             query = "DELETE FROM traces WHERE closure = ?"
             return connection.execute(query, (closure.hex,)).rowcount
+
+    # ---------------------------------------------------------------- caches
+
+    def to_be_asked(self, closure: ClosureDigest, urls: Iterable[str], now: int) -> set[str]:
+        """Those of the caches at ``urls`` that were not asked for the trace of ``closure`` of late."""
+        query = "SELECT url FROM asked WHERE closure = ? AND until > ?"
+        with self._database.reading("read what caches said from") as connection:
+            known = {url for (url,) in connection.execute(query, (closure.hex, now))}
+        return set(urls) - known
+
+    def note_answers(self, closure: ClosureDigest, until: Mapping[str, int]) -> None:
+        """Caches were asked for the trace of ``closure``, and need not be asked again ``until`` then."""
+        with self._database.writing("note what caches said in") as connection:
+            connection.execute(
+                "DELETE FROM asked WHERE until < ?", (min(until.values()) - ASKED_FOR,)
+            )
+            connection.executemany(
+                "INSERT OR REPLACE INTO asked VALUES (?, ?, ?)",
+                [(closure.hex, url, moment) for url, moment in until.items()],
+            )
 
     # ------------------------------------------------------------ recordings
 
@@ -178,7 +213,7 @@ class TraceDatabase:
             paths = frozenset(map(StorePath.parse_base_name, names.splitlines()))
             trace = _parsed(text)
             if trace is not None:
-                start = Start(key, upper, ClosureDigest(closure), paths)
+                start = Start(key, upper, ClosureDigest(closure), paths, paths)
                 found.append(Unfinished(start, bool(orderly), trace))
         return found
 
@@ -203,14 +238,15 @@ class TraceDatabase:
 
 def _create(connection: sqlite3.Connection, path: Path) -> None:
     (version,) = connection.execute("PRAGMA user_version").fetchone()
-    if version not in (0, SCHEMA_VERSION):
+    if version > SCHEMA_VERSION:
         raise Unsupported(
-            f"{path} has schema version {version}, expected {SCHEMA_VERSION}:"
+            f"{path} has schema version {version}, expected at most {SCHEMA_VERSION}:"
             " another version of fusesnap wrote it"
         )
-    if version == 0:
-        for statement in _SCHEMA.split(";"):
+    for step in _STEPS[version:]:
+        for statement in step.split(";"):
             connection.execute(statement)
+    if version < SCHEMA_VERSION:  # nothing is written where nothing is new: the disk may be full
         connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
 
 

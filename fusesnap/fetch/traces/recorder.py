@@ -17,8 +17,6 @@ from fusesnap.nix.startup_trace import Ending
 from fusesnap.nix.store_path import StorePath
 from fusesnap.nix.tree import Tree
 
-# Seconds after which a process that is in no container is looked at again: runc is in none until it has set one up.
-OUTSIDE_FOR: Final = 0.5
 # A container that was created and never started stays among those that may start, but not for ever.
 MAX_RECORDINGS: Final = 256
 _NO_PATH: Final = StorePath("0" * 32, "none")
@@ -62,8 +60,8 @@ class Recorder:
         self._concerned: dict[int, _Concerned] = {}
         # Of every file that was opened since something is recorded: for whom it counts.
         self._files: dict[tuple[int, int], tuple[RecordedFile, ...]] = {}
-        # The upper directory of the container that a thread is in, and when that was looked up.
-        self._owners: dict[int, tuple[str | None, float]] = {}
+        # The upper directories of the containers that threads are in.
+        self._owners: dict[int, str] = {}
         self._unknown: set[int] = set()
         self._somebody = trio.Event()
         self._shown: set[int] = set()
@@ -210,25 +208,30 @@ class Recorder:
             if pid and len(concerned.recordings) > 1:
                 recording.doubt(pid)
             return True
-        if owner != upper:
-            recording.share()
-        return owner == upper
+        if owner == upper:
+            recording.own(pid or 0)
+            return True
+        recording.share()
+        return False
 
     def _owner(self, pid: int | None) -> str | None:
         if not pid:
             return None
-        owner, looked = self._owners.get(pid, (None, float("-inf")))
-        if owner is None and self._clock() - looked >= OUTSIDE_FOR:
+        owner = self._owners.get(pid)
+        if owner is None:
             self._unknown.add(pid)
             self._somebody.set()
         return owner
 
     def knows(self, pid: int) -> bool:
         """Whether it is known in which container ``pid`` is."""
-        return self._owners.get(pid, (None, 0.0))[0] is not None
+        return pid in self._owners
 
     async def unknown(self) -> set[int]:
-        """Wait for threads of which it is not known where they are, and return them."""
+        """Wait for threads of which it is not known where they are, and return them.
+
+        Those that were in no container come again when they do something: runc is in none until it has set one up.
+        """
         await self._somebody.wait()
         self._somebody = trio.Event()
         taken, self._unknown = self._unknown, set()
@@ -236,10 +239,9 @@ class Recorder:
 
     def found(self, owners: Mapping[int, str | None]) -> None:
         """``owners``: for threads the upper directory of the container that they are in, ``None`` if in none."""
-        now = self._clock()
         for pid, upper in owners.items():
-            self._owners[pid] = (upper, now)
             if upper is not None:
+                self._owners[pid] = upper
                 for recording in self._recordings.values():
                     if recording.start.upper == upper:
                         recording.own(pid)

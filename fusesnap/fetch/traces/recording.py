@@ -40,13 +40,15 @@ class Start:
     """A container that is about to start.
 
     ``key`` names it among all that are there; ``upper`` is the upper directory of its root, by which its processes are
-    known, or ``None`` where nobody else reads. ``paths`` are the store paths that it shows, ``closure`` their name.
+    known, or ``None`` where nobody else reads. ``paths`` are the store paths that it shows, ``closure`` their name, and
+    ``lazy`` those of them whose reads reach us.
     """
 
     key: str
     upper: str | None
     closure: ClosureDigest
     paths: frozenset[StorePath]
+    lazy: frozenset[StorePath]
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,6 +166,7 @@ class Recording:
         self._readers: set[int | None] = set()
         self._doubtful: set[int] = set()
         self._shared = False
+        self._seen = False
         self.began: float | None = clock() if earlier is not None else None
         self.newest = clock()
         self.interrupted = False
@@ -223,6 +226,12 @@ class Recording:
     def own(self, pid: int) -> None:
         """``pid`` belongs to this start."""
         self._doubtful.discard(pid)
+        self._seen = True
+
+    @property
+    def credible(self) -> bool:
+        """Whether it is about this container: not if others were starting, and none of its processes was ever seen."""
+        return self._seen or not self._doubtful
 
     def knows(self, pid: int) -> bool:
         """Whether anything was counted that ``pid`` did."""
@@ -275,11 +284,10 @@ class Recording:
         self.changed = True
 
 
-def lacking(
-    committed: Iterable[StorePath], cached: Iterable[StorePath]
-) -> Mapping[StorePath, Lack]:
-    """What a recording lacks that begins when some paths are ``committed``, and parts of others ``cached``."""
-    return dict.fromkeys(cached, Lack.CACHED) | dict.fromkeys(committed, Lack.COMMITTED)
+def lacking(start: Start, cached: Iterable[StorePath]) -> Mapping[StorePath, Lack]:
+    """What the recording of ``start`` lacks, if parts of ``cached`` may be in the kernel's page cache."""
+    there = dict.fromkeys(start.paths - start.lazy, Lack.COMMITTED)
+    return dict.fromkeys(cached, Lack.CACHED) | there
 
 
 def _named(

@@ -16,9 +16,11 @@ import trio
 
 from fusesnap.errors import FusesnapError
 from fusesnap.fetch.priority import Priority
-from fusesnap.fetch.traces.database import TraceDatabase, Unfinished
+from fusesnap.fetch.traces.database import Origin, TraceDatabase, Unfinished
 from fusesnap.fetch.traces.recorder import Recorder
 from fusesnap.fetch.traces.recording import Conditions, Draft, Recording, Start, lacking
+from fusesnap.fetch.traces.search import TraceSearch
+from fusesnap.nix.closure_digest import ClosureDigest
 from fusesnap.nix.hash import Hash
 from fusesnap.nix.startup_trace import Ending, StartupTrace
 from fusesnap.nix.store_path import StorePath
@@ -29,19 +31,24 @@ log = logging.getLogger(__name__)
 # Seconds between two looks whether a start is over, and the number of looks after which what was recorded is saved.
 LOOK_EVERY: Final = 1.0
 SAVE_EVERY: Final = 5
+# Seconds between two looks at who reads: a look reads the mounts of the node, which may be thousands.
+LOOK_AGAIN: Final = 0.05
 # Seconds that a process which is told to end may take to save.
 SAVE_WITHIN: Final = 5.0
 
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """``record`` starts, and ``replay`` traces of starts. ``version`` is ours, ``readahead`` the kernel's in bytes.
+    """``record`` starts, ``replay`` traces of starts, and ``ask`` caches for some.
+
+    ``version`` is ours, ``readahead`` the kernel's in bytes.
 
     ``boot`` names the time since this machine was started: as long as it lasts the kernel may keep what it was shown.
     """
 
     record: bool
     replay: bool
+    ask: bool
     version: str
     readahead: int
     boot: str
@@ -51,7 +58,7 @@ class Traces:
     """The traces of one state directory, for one process that serves its mount.
 
     ``request`` has paths fetched; ``awaited`` says for which somebody waits; ``owner_of`` tells the upper directory of
-    the container that a thread is in, in a thread of ours; ``clock`` gives seconds since 1970.
+    the container that a thread is in, in a thread of ours; ``search`` asks caches; ``clock`` gives seconds since 1970.
     """
 
     def __init__(
@@ -62,6 +69,7 @@ class Traces:
         request: Callable[[Sequence[StorePath], Priority], object],
         awaited: Callable[[], Collection[StorePath]],
         owner_of: Callable[[int], str | None],
+        search: TraceSearch,
         clock: Callable[[], float],
         policy: Policy,
     ) -> None:
@@ -71,6 +79,7 @@ class Traces:
         self._request = request
         self._awaited = awaited
         self._owner_of = owner_of
+        self._search = search
         self._clock = clock
         self._policy = policy
         self._database: TraceDatabase | None = None
@@ -101,15 +110,35 @@ class Traces:
         if database is None or start.key in self._recorder:
             return
         with logged(start.key):
-            begun = await trio.to_thread.run_sync(self._prepare, database, start)
-            if begun is None or start.key in self._recorder:
+            conditions, trace = await trio.to_thread.run_sync(self._prepare, database, start)
+            if start.key in self._recorder:
                 return
-            conditions, trace = begun
             if trace is not None and self._policy.replay:
                 with logged(start.key):
                     self.replay(start, trace)
             if self._policy.record:
                 await self._record(database, start, conditions)
+            if self._policy.ask and (trace is None or not trace.circumstances.complete):
+                found = await self._search.find(database, start.closure, start.paths)
+                if found is not None and self._policy.replay:
+                    self.replay(start, found)
+
+    async def foresee(
+        self, closure: ClosureDigest, paths: frozenset[StorePath], carried: StartupTrace | None
+    ) -> None:
+        """An image is unpacked that shows ``paths``, and will probably be started; ``carried`` is what it brought."""
+        await self._opened.wait()
+        database = self._database
+        if database is None:
+            return
+        with logged(f"closure {closure}"):
+            if carried is not None:
+                trace, now = self._search.judged(carried, closure, paths), int(self._clock())
+                await trio.to_thread.run_sync(database.put, trace, Origin.IMAGE, now)
+        with logged(f"closure {closure}"):
+            there = await trio.to_thread.run_sync(self._store.committed_among, paths)
+            if self._policy.ask and len(there) < len(paths):
+                await self._search.find(database, closure, paths)
 
     def replay(self, start: Start, trace: StartupTrace) -> None:
         """Have fetched what an earlier start has read, in its order, before this one asks.
@@ -149,15 +178,10 @@ class Traces:
 
     def _prepare(
         self, database: TraceDatabase, start: Start
-    ) -> tuple[Conditions, StartupTrace | None] | None:
-        """What has to be known of a start; ``None`` if nothing of it will reach us. Blocking."""
-        committed = self._store.committed_among(start.paths)
-        missing = start.paths - committed
-        if not missing:
-            return None
-        now = int(self._clock())
-        policy = self._policy
-        lacks = lacking(committed, self._perhaps_cached(missing))
+    ) -> tuple[Conditions, StartupTrace | None]:
+        """What has to be known of a start. Blocking."""
+        now, policy = int(self._clock()), self._policy
+        lacks = lacking(start, self._perhaps_cached(start.lazy))
         conditions = Conditions(now, policy.version, policy.readahead, lacks)
         stored = database.best(start.closure, now)
         return conditions, None if stored is None else stored.trace
@@ -184,6 +208,7 @@ class Traces:
         while True:
             threads = await self._recorder.unknown()
             self._recorder.found(await trio.to_thread.run_sync(self._owners, threads))
+            await trio.sleep(LOOK_AGAIN)
 
     def _owners(self, threads: Collection[int]) -> dict[int, str | None]:
         return {thread: self._owner_of(thread) for thread in threads}
@@ -219,7 +244,7 @@ class Traces:
 
         def keep(database: TraceDatabase) -> None:
             trace = self._trace(draft)
-            if trace.paths:
+            if trace.paths and recording.credible:
                 kept = database.merge(trace, int(self._clock()))
                 tell(recording, trace, kept)
             database.end(recording.start.key)

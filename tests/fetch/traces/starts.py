@@ -53,6 +53,7 @@ def start(key: str, *paths: StorePath, upper: str | None = "") -> Start:
         f"/upper/{key}" if upper == "" else upper,
         ClosureDigest.of(members, StoreDir()),
         members,
+        members,
     )
 
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import trio
 
-from fusesnap.fetch.traces.recorder import MAX_RECORDINGS, OUTSIDE_FOR
+from fusesnap.fetch.traces.recorder import MAX_RECORDINGS
 from fusesnap.fetch.traces.recording import Conditions, Recording, lacking
 from fusesnap.nix.startup_trace import BLOCK, Ending, Extent, Flaw, Lack, TracedFile
 from fusesnap.nix.store_path import StorePath
@@ -112,14 +112,20 @@ def test_who_is_gone_before_it_was_looked_at_counts_for_all_and_that_is_said() -
     bench.recorder.found({9: None})
     bench.recorder.read(1, PROGRAM, 0, 4096)
     assert reads(one) == reads(two) == [("hello", BLOCK)]
+    assert not one.credible
+    bench.open(1, 7)
+    bench.recorder.found({7: "/upper/one"})
+    assert one.credible
+    assert not two.credible  # perhaps it has not started at all
     assert traced(one).circumstances.flaws == {Flaw.SHARED}
     bench.recorder.remove("two")
     three = bench.record(start("three", OTHER))
     bench.open(3, 10)
     assert traced(three).circumstances.complete  # nobody else has this path
+    assert three.credible
 
 
-async def test_who_is_unknown_is_asked_for_once() -> None:
+async def test_who_is_unknown_is_asked_for_until_it_is_in_a_container() -> None:
     bench = Bench()
     bench.record(start("one"))
     bench.open(1, 7)
@@ -127,12 +133,10 @@ async def test_who_is_unknown_is_asked_for_once() -> None:
     assert await bench.recorder.unknown() == {7, 8}
     bench.recorder.found({7: "/upper/one", 8: None})
     bench.open(2, 7)
-    bench.open(2, 8)
     with trio.move_on_after(0) as nobody:
         await bench.recorder.unknown()
     assert nobody.cancelled_caught
-    bench.clock.now += OUTSIDE_FOR  # it may have entered its container
-    bench.open(2, 8)
+    bench.open(2, 8)  # it may have entered its container since
     assert await bench.recorder.unknown() == {8}
 
 
@@ -231,7 +235,8 @@ def test_when_nothing_is_recorded_nothing_is_kept() -> None:
 
 
 def test_what_is_missing_from_the_start() -> None:
-    assert lacking([HELLO], [GLIBC, HELLO]) == {HELLO: Lack.COMMITTED, GLIBC: Lack.CACHED}
+    lazy = replace(start("one", HELLO, GLIBC, OTHER), lazy=frozenset({GLIBC, OTHER}))
+    assert lacking(lazy, [GLIBC, HELLO]) == {HELLO: Lack.COMMITTED, GLIBC: Lack.CACHED}
 
 
 @pytest.mark.parametrize("offset", [0, 5 * BLOCK, SIZE + BLOCK])

@@ -16,16 +16,20 @@ from fusesnap.fetch.priority import Priority
 from fusesnap.fetch.traces.database import Origin, TraceDatabase
 from fusesnap.fetch.traces.recorder import Bounds, Recorder
 from fusesnap.fetch.traces.recording import Start
+from fusesnap.fetch.traces.search import TraceSearch, file_name
 from fusesnap.fetch.traces.traces import Policy, Traces
 from fusesnap.nix.closure_digest import ClosureDigest
 from fusesnap.nix.startup_trace import Ending, Flaw, Lack, StartupTrace
+from fusesnap.nix.startup_trace_text import format_trace, sign_trace
 from fusesnap.nix.store_path import StoreDir, StorePath
 from fusesnap.store.local_store import LocalStore
+from fusesnap.substituter.memory import MemorySubstituter
 
 from ...store.conftest import MadePath, commit_path, make_path
+from ...substituter.samples import KEY, TRUSTED
 
 HELLO, GLIBC = make_path("hello", b"h" * 20_000), make_path("glibc", b"g" * 20_000)
-POLICY = Policy(record=True, replay=True, version="0.1", readahead=0, boot="boot-1")
+POLICY = Policy(record=True, replay=True, ask=True, version="0.1", readahead=0, boot="boot-1")
 
 
 def path_of(made: MadePath) -> StorePath:
@@ -59,6 +63,7 @@ class Node:
         self.requested: list[tuple[list[StorePath], Priority]] = []
         self.awaited: set[StorePath] = set()
         self.owners: dict[int, str] = {}
+        self.cache = MemorySubstituter()
         self.dead = False
         self.heard: list[str] = []
         self.ordinals = {path_of(made): store.pin(made[0]).ordinal for made in (HELLO, GLIBC)}
@@ -81,6 +86,7 @@ class Node:
             self.request,
             lambda: self.awaited,
             self.owners.get,
+            TraceSearch([self.cache], TRUSTED, lambda: 1_790_000_000.0, 30),
             lambda: 1_790_000_000.0,
             policy,
         )
@@ -91,7 +97,8 @@ class Node:
 
     def start(self, key: str, *members: MadePath) -> Start:
         paths = frozenset(path_of(made) for made in members or (HELLO, GLIBC))
-        return Start(key, f"/upper/{key}", ClosureDigest.of(paths, StoreDir()), paths)
+        lazy = paths - self.store.committed_among(paths)
+        return Start(key, f"/upper/{key}", ClosureDigest.of(paths, StoreDir()), paths, lazy)
 
     def read(self, recorder: Recorder, *files: MadePath, pid: int = 7) -> None:
         """Fetch paths that are single files, and read them as the kernel would."""
@@ -226,14 +233,6 @@ async def test_what_the_kernel_was_shown_before_is_lacking(node: Node) -> None:
     assert node.stored()[0].circumstances.complete
 
 
-async def test_a_complete_closure_is_neither_recorded_nor_fetched(node: Node) -> None:
-    commit_path(node.store, HELLO)
-    async with node.process() as (traces, recorder):
-        await traces.begin(node.start("one", HELLO))
-        assert "one" not in recorder
-    assert node.stored() == []
-
-
 async def test_an_orderly_end_loses_nothing(node: Node) -> None:
     async with node.process() as (traces, recorder):
         await traces.begin(node.start("one"))
@@ -297,16 +296,76 @@ async def test_a_trace_with_paths_of_others_is_refused(
     assert f"{path_of(GLIBC)} does not belong to the closure" in caplog.text
 
 
+async def recorded(node: Node) -> StartupTrace:
+    """A trace of another node, signed; here its paths are gone."""
+    async with node.process(replace(POLICY, ask=False)) as (traces, recorder):
+        await traces.begin(node.start("elsewhere"))
+        node.read(recorder, GLIBC, HELLO)
+        await traces.end("elsewhere")
+    (trace,) = node.stored()
+    node.path.unlink()
+    node.store.collect(None)
+    return sign_trace(trace, KEY)
+
+
+async def test_a_start_that_nobody_knows_here_is_looked_for_in_caches(node: Node) -> None:
+    trace = await recorded(node)
+    node.cache.files[file_name(trace.closure)] = format_trace(trace)
+    async with node.process() as (traces, recorder):
+        await traces.begin(node.start("one"))
+        assert "one" in recorder
+    assert node.requested == [([path_of(GLIBC), path_of(HELLO)], Priority.TRACE)]
+    assert node.stored() == [trace]
+
+
+async def test_it_is_looked_for_when_the_image_is_unpacked(node: Node) -> None:
+    trace = await recorded(node)
+    start = node.start("one")
+    node.cache.files[file_name(trace.closure)] = format_trace(trace)
+    async with node.process() as (traces, _):
+        await traces.foresee(start.closure, start.paths, None)
+        assert node.requested == []
+        node.cache.requests.clear()
+        await traces.begin(start)
+    assert node.requested == [([path_of(GLIBC), path_of(HELLO)], Priority.TRACE)]
+    assert node.cache.requests == []
+
+
+async def test_nothing_is_looked_for_that_is_here(node: Node) -> None:
+    for made in (HELLO, GLIBC):
+        commit_path(node.store, made)
+    start = node.start("one")
+    async with node.process() as (traces, _):
+        await traces.foresee(start.closure, start.paths, None)
+    assert node.cache.requests == []
+
+
+async def test_an_image_may_carry_it(node: Node, caplog: pytest.LogCaptureFixture) -> None:
+    trace = await recorded(node)
+    start = node.start("one")
+    async with node.process() as (traces, _):
+        await traces.foresee(start.closure, start.paths, replace(trace, signatures=()))
+        assert "is not trusted: it is unsigned" in caplog.text
+        await traces.foresee(start.closure, start.paths, trace)
+        await traces.begin(start)
+    assert node.requested == [([path_of(GLIBC), path_of(HELLO)], Priority.TRACE)]
+    assert node.stored() == [trace]
+
+
 async def test_both_can_be_switched_off(node: Node) -> None:
     async with node.process() as (traces, recorder):
         await traces.begin(node.start("one"))
         node.read(recorder, GLIBC)
         await traces.end("one")
     node.store.collect(None)
-    async with node.process(replace(POLICY, record=False, replay=False)) as (traces, recorder):
+    async with node.process(replace(POLICY, record=False, replay=False, ask=False)) as (
+        traces,
+        recorder,
+    ):
         await traces.begin(node.start("two"))
         assert "two" not in recorder
     assert node.requested == []
+    assert len(node.cache.requests) == 1  # of the first start
 
 
 async def test_without_its_file_containers_start_all_the_same(
