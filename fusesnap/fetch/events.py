@@ -26,7 +26,28 @@ class Asked:
 
 @dataclass(frozen=True, slots=True)
 class Boarded:
-    """It is the turn of ``path``: caches are asked for it."""
+    """Caches are asked who has ``path``."""
+
+    path: StorePath
+
+
+@dataclass(frozen=True, slots=True)
+class InLine:
+    """It is known where ``path`` comes from, and others are before it."""
+
+    path: StorePath
+
+
+@dataclass(frozen=True, slots=True)
+class Paused:
+    """More urgent ones have the link; what came of ``path`` is kept."""
+
+    path: StorePath
+
+
+@dataclass(frozen=True, slots=True)
+class Resumed:
+    """It is the turn of ``path`` again."""
 
     path: StorePath
 
@@ -68,7 +89,9 @@ class Landed:
     error: Exception | None = None
 
 
-FetchEvent: TypeAlias = Asked | Boarded | TransferBegun | Received | Verifying | Landed
+FetchEvent: TypeAlias = (
+    Asked | Boarded | InLine | TransferBegun | Received | Paused | Resumed | Verifying | Landed
+)
 ObserveFetch: TypeAlias = Callable[[FetchEvent], None]
 
 

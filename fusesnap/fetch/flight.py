@@ -12,9 +12,12 @@ from fusesnap.errors import DeadlineExceeded
 from fusesnap.fetch.events import (
     Asked,
     Boarded,
+    InLine,
     Landed,
     ObserveFetch,
+    Paused,
     Received,
+    Resumed,
     TransferBegun,
     Verifying,
     unobserved,
@@ -122,11 +125,17 @@ class Flight:
     def crossing(self, passage: Passage) -> Iterator[None]:
         """Its bytes come by ``passage`` meanwhile, when they have their turn."""
         self._passage, self._queued = passage, passage.waits
+        passage.paused_or_resumed = self._paused_or_resumed
         self._in_line.set()
+        if passage.waits:
+            self._observe(InLine(self.path))
         try:
             yield
         finally:
             self._passage = None
+
+    def _paused_or_resumed(self, paused: bool) -> None:
+        self._observe(Paused(self.path) if paused else Resumed(self.path))
 
     def _tell_priority(self) -> None:
         if self._passage is not None:

@@ -116,8 +116,10 @@ class Passage:
         self._bookmark = Bookmark()
         self._paused_at: int | None = None  # how many bytes had come when it was last paused
         self._held = False
+        self._begun = False
         self._waited = 0.0  # for the last piece
         self._handed: float | None = None  # when that was given away
+        self.paused_or_resumed: Callable[[bool], None] = lambda _: None
 
     @property
     def waits(self) -> bool:
@@ -144,6 +146,9 @@ class Passage:
         """Called by the link: the load's state is another."""
         self._changed.set()
         self._changed = trio.Event()
+        if self.load.state is not LoadState.WAITING and self._begun:
+            self.paused_or_resumed(self.load.state is LoadState.PAUSED)
+        self._begun = self._begun or self.load.state is LoadState.RUNNING
         if self.load.state is LoadState.PAUSED:
             self._paused_at = self._bookmark.received
             self._handed = None

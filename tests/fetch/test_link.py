@@ -61,6 +61,10 @@ async def test_what_is_paused_goes_on_where_it_was(
     assert first == 0
     assert others == sorted(set(others))
     assert node.resumed["large"] == others
+    assert node.pauses == {
+        "large": 3 * [True, False],
+        **{f"small-{number}": [] for number in range(3)},
+    }
     assert len(others) == 3
     # Each byte crossed once, but for what was on its way when a reader came.
     assert wire.sent == LARGE + 3 * SMALL

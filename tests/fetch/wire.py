@@ -101,6 +101,7 @@ class Node:
         self.done: dict[str, float] = {}
         self._one_done = trio.Event()
         self.resumed: dict[str, list[int]] = {}
+        self.pauses: dict[str, list[bool]] = {}  # what was told of each: paused, or resumed
         self.passages: dict[str, Passage] = {}
         self._nursery = nursery
 
@@ -115,6 +116,7 @@ class Node:
     ) -> None:
         with self.link.passage(priority, source, size) as passage:
             self.passages[name] = passage
+            passage.paused_or_resumed = self.pauses.setdefault(name, []).append
             resumed = self.resumed.setdefault(name, []).append
             came = 0
             async with aclosing(passage.pieces(self.wire.file(name, size), resumed)) as pieces:

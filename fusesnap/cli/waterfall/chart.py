@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 from fusesnap.cli.status import size
-from fusesnap.daemon.telemetry.start import Phase, Row, Start
+from fusesnap.daemon.telemetry.records import Phase
+from fusesnap.daemon.telemetry.start import Row, Start
 
 # Rows that a person can still look at.
 MOST_ROWS: Final = 60
@@ -21,13 +22,15 @@ WORDS: Final = {
     Phase.QUEUED: "waiting for its turn",
     Phase.ASKING: "asking a cache",
     Phase.TRANSFER: "transferring",
+    Phase.PAUSED: "paused for others",
     Phase.VERIFY: "verifying, committing",
     Phase.DISK: "reading the local disk",
 }
 WHY: Final = {
-    Phase.QUEUED: "waiting for a turn: more was wanted than is fetched at once (fetch.transfers)",
+    Phase.QUEUED: "waiting for a turn: more urgent transfers, or earlier ones, had the link",
     Phase.ASKING: "round trips: a cache was asked, and no byte had come",
     Phase.TRANSFER: "the link: bytes came as fast as they could",
+    Phase.PAUSED: "a pause: more urgent transfers had the link",
     Phase.VERIFY: "this machine: checking and committing what had come",
     Phase.DISK: "the local disk: looking at what is there",
 }

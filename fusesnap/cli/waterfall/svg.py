@@ -8,7 +8,8 @@ from itertools import pairwise
 from typing import Final
 
 from fusesnap.cli.waterfall.chart import WORDS, Chart, ChartRow, seconds
-from fusesnap.daemon.telemetry.start import Phase, Wait
+from fusesnap.daemon.telemetry.records import Phase
+from fusesnap.daemon.telemetry.start import Wait
 
 WIDTH: Final = 1180
 MARGIN: Final = 28
@@ -19,7 +20,7 @@ BAR: Final = 13
 LINK_HEIGHT: Final = 46
 LONGEST_LABEL: Final = 40
 # Where the rows begin, below the head: title, verdict, facts, legend, use of the link, axis.
-TOP: Final = 310
+TOP: Final = 332
 FACT_WIDTH: Final = 180
 PREPARE_SHOWN: Final = 4
 PREPARE_LABEL: Final = 50
@@ -28,12 +29,12 @@ CHARACTER: Final = 6.4  # of the legend's text, about
 
 STYLE: Final = """
 .fusesnap { --paper: #ffffff; --ink: #1f2328; --quiet: #59636e; --rule: #d9dfe5; --tint: #fdf1f0;
-  --queued: #c3cad1; --asking: #e9a115; --transfer: #2f7de1; --verify: #1f9d57; --disk: #8c6bd6;
+  --queued: #c3cad1; --asking: #e9a115; --transfer: #2f7de1; --paused: #58b7c4; --verify: #1f9d57; --disk: #8c6bd6;
   --others: #b9c1c9; --chain: #cf222e;
   font-family: system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; font-size: 12px; }
 @media (prefers-color-scheme: dark) { .fusesnap { --paper: #0f141a; --ink: #e6edf3; --quiet: #9aa5b1;
   --rule: #2b333d; --tint: #2a1719; --queued: #57616c; --asking: #e3b341; --transfer: #58a0f7;
-  --verify: #46c07a; --disk: #a98df0; --others: #4a545f; --chain: #ff7b72; } }
+  --paused: #2f7d88; --verify: #46c07a; --disk: #a98df0; --others: #4a545f; --chain: #ff7b72; } }
 .fusesnap text { fill: var(--ink); }
 .fusesnap .paper { fill: var(--paper); }
 .fusesnap .quiet { fill: var(--quiet); }
@@ -48,7 +49,8 @@ STYLE: Final = """
 .fusesnap .rule { stroke: var(--rule); stroke-width: 1; }
 .fusesnap .tint { fill: var(--tint); }
 .fusesnap .queued { fill: var(--queued); } .fusesnap .asking { fill: var(--asking); }
-.fusesnap .transfer { fill: var(--transfer); } .fusesnap .verify { fill: var(--verify); }
+.fusesnap .transfer { fill: var(--transfer); } .fusesnap .paused { fill: var(--paused); }
+.fusesnap .verify { fill: var(--verify); }
 .fusesnap .disk { fill: var(--disk); } .fusesnap .others { fill: var(--others); }
 .fusesnap .wait { stroke: var(--quiet); stroke-width: 2.5; stroke-linecap: round; }
 .fusesnap .chain { stroke: var(--chain); stroke-width: 4; stroke-linecap: round; }
@@ -108,6 +110,7 @@ def _legend() -> Iterator[str]:
         yield f'<rect x="{x:g}" y="{y - 10}" width="14" height="11" rx="2" class="{phase.value}"/>'
         yield _text(x + 20, y, WORDS[phase])
         x += LEGEND_GAP + len(WORDS[phase]) * CHARACTER
+    x, y = float(MARGIN), y + 21
     for kind, words in (("wait", "a reader is blocked"), ("chain", "the longest chain")):
         yield f'<line x1="{x:g}" x2="{x + 16:g}" y1="{y - 4}" y2="{y - 4}" class="{kind}"/>'
         yield _text(x + 24, y, words)
@@ -118,7 +121,7 @@ def _legend() -> Iterator[str]:
 
 def _link(chart: Chart) -> Iterator[str]:
     """How the link was used: bytes a second, those of others on top."""
-    bottom = 228 + LINK_HEIGHT
+    bottom = 250 + LINK_HEIGHT
     rates = [
         (link, 8 * (link.mine + link.others) / link.seconds / 1e6) for link in chart.start.links
     ]
@@ -146,7 +149,7 @@ def _axis(chart: Chart, height: int) -> Iterator[str]:
     bottom = height - MARGIN - (20 if chart.folded else 0)
     for tick in chart.ticks:
         x = _x(chart, tick)
-        yield f'<line x1="{x:g}" x2="{x:g}" y1="228" y2="{bottom}" class="rule"/>'
+        yield f'<line x1="{x:g}" x2="{x:g}" y1="250" y2="{bottom}" class="rule"/>'
         yield _text(x, TOP - 14, f"{tick:g} s", "quiet small middle")
     prepared = chart.start.prepared
     if prepared is not None and _x(chart, prepared) - LEFT > PREPARE_SHOWN:

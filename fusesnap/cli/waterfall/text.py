@@ -10,12 +10,14 @@ from rich.text import Text
 
 from fusesnap.cli.status import size
 from fusesnap.cli.waterfall.chart import WORDS, Chart, ChartRow, seconds
-from fusesnap.daemon.telemetry.start import QUIET, Phase, Row
+from fusesnap.daemon.telemetry.records import Phase
+from fusesnap.daemon.telemetry.start import QUIET, Row
 
 STYLES: Final = {
     Phase.QUEUED: "bright_black",
     Phase.ASKING: "yellow",
     Phase.TRANSFER: "blue",
+    Phase.PAUSED: "cyan",
     Phase.VERIFY: "green",
     Phase.DISK: "magenta",
 }
@@ -24,6 +26,7 @@ LETTERS: Final = {
     Phase.QUEUED: ".",
     Phase.ASKING: "-",
     Phase.TRANSFER: "=",
+    Phase.PAUSED: ":",
     Phase.VERIFY: "#",
     Phase.DISK: "~",
 }

@@ -12,15 +12,9 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from fusesnap.daemon.telemetry.journal import Batch, CounterKey
-from fusesnap.fetch.events import (
-    Asked,
-    Boarded,
-    FetchEvent,
-    Landed,
-    Received,
-    TransferBegun,
-    Verifying,
-)
+from fusesnap.daemon.telemetry.phases import phase_after
+from fusesnap.daemon.telemetry.records import Phase
+from fusesnap.fetch.events import Asked, FetchEvent, Landed, Received
 from fusesnap.filesystem.error_counts import kind_of
 from fusesnap.filesystem.wait_events import Answered, Blocked, WaitEvent
 
@@ -76,8 +70,7 @@ class _Fetching:
 
     reason: str
     since: float
-    phase: str = "queued"
-    blocked: int = 0
+    phase: Phase = Phase.QUEUED
 
 
 @dataclass(slots=True)
@@ -99,30 +92,24 @@ class Counting:
         fetching = self._fetching.get(path)
         if fetching is None:  # pragma: no cover - each path is asked for first
             return
-        match event:
-            case Boarded():
-                self._end_phase(fetching, "asking")
-            case TransferBegun():
-                self._end_phase(fetching, "asking")
-            case Received(_, cache, count):
-                if fetching.phase == "asking":
-                    self._end_phase(fetching, "transfer")
-                reason = "reader" if self._waiting[path] else fetching.reason
-                self.counters.add("fusesnap_fetched_bytes", count, cache=cache, reason=reason)
-            case Verifying():
-                self._end_phase(fetching, "verify")
-            case Landed(_, error):
-                self._end_phase(fetching, "")
-                del self._fetching[path]
-                outcome = "committed" if error is None else kind_of(error)
-                self.counters.add("fusesnap_fetches", reason=fetching.reason, outcome=outcome)
+        following = phase_after(event, fetching.phase)
+        if following is not fetching.phase:
+            self._end_phase(fetching)
+            fetching.phase, fetching.since = following, self.clock()
+        if isinstance(event, Received):
+            reason = "reader" if self._waiting[path] else fetching.reason
+            self.counters.add(
+                "fusesnap_fetched_bytes", event.count, cache=event.cache, reason=reason
+            )
+        elif isinstance(event, Landed):
+            self._end_phase(fetching)
+            del self._fetching[path]
+            outcome = "committed" if event.error is None else kind_of(event.error)
+            self.counters.add("fusesnap_fetches", reason=fetching.reason, outcome=outcome)
 
-    def _end_phase(self, fetching: _Fetching, following: str) -> None:
-        now = self.clock()
-        self.counters.observe(
-            "fusesnap_fetch_phase_seconds", now - fetching.since, phase=fetching.phase
-        )
-        fetching.phase, fetching.since = following, now
+    def _end_phase(self, fetching: _Fetching) -> None:
+        seconds = self.clock() - fetching.since
+        self.counters.observe("fusesnap_fetch_phase_seconds", seconds, phase=fetching.phase.value)
 
     def wait(self, event: WaitEvent) -> None:
         """A request begins to wait, or has waited."""

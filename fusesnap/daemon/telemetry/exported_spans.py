@@ -17,15 +17,18 @@ from opentelemetry.trace import Span, StatusCode, set_span_in_context
 
 from fusesnap.fetch.events import (
     Asked,
-    Boarded,
     FetchEvent,
+    InLine,
     Landed,
+    Paused,
     Received,
+    Resumed,
     TransferBegun,
     Verifying,
 )
 from fusesnap.filesystem.wait_events import Blocked, WaitEvent
 
+EVENTS = {InLine: "others are before it", Paused: "paused", Resumed: "resumed"}
 TRACES = "/v1/traces"  # where a receiver of OTLP over HTTP takes spans
 
 
@@ -65,8 +68,8 @@ class ExportedSpans:
         if fetch is None:  # pragma: no cover - each path is asked for first
             return
         match event:
-            case Boarded():
-                fetch.span.add_event("its turn")
+            case InLine() | Paused() | Resumed():
+                fetch.span.add_event(EVENTS[type(event)])
             case TransferBegun(_, cache, _, kept):
                 fetch.end_step()
                 self._begin(fetch, "transfer", {"fusesnap.cache": cache, "fusesnap.kept": kept})

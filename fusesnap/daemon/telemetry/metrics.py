@@ -59,12 +59,12 @@ HISTOGRAMS: Final = {
         "How long requests waited for a store path, until they were answered.", ("operation",)
     ),
     "fusesnap_fetch_phase_seconds": Described(
-        "How long fetches were in each phase: queued, asking, transfer, verify.", ("phase",)
+        "How long fetches were in each phase: queued, asking, transfer, paused, verify.", ("phase",)
     ),
     "fusesnap_snapshot_call_seconds": Described("How long calls of containerd's took.", ("call",)),
 }
 # What requests wait for, and the states of a breaker: each is there also when nobody waits, to be graphed.
-WAITS_FOR: Final = ("narinfo", "turn", "transfer", "verify", "disk")
+WAITS_FOR: Final = ("narinfo", "turn", "transfer", "pause", "verify", "disk")
 BREAKERS: Final = ("closed", "half-open", "open")
 
 
@@ -176,11 +176,12 @@ def work(status: Mapping[str, Any]) -> Iterator[Metric]:
     )
     fetching = status["fetching"]
     queued = sum(1 for each in fetching if each["for"] == "turn")
+    paused = sum(1 for each in fetching if each["for"] == "pause")
     yield _labelled(
         "fusesnap_transfers",
-        "Store paths that are fetched now, and that wait for their turn.",
+        "Store paths that are fetched now, that wait for their turn, and that gave way to others.",
         "state",
-        {"running": len(fetching) - queued, "queued": queued},
+        {"running": len(fetching) - queued - paused, "queued": queued, "paused": paused},
     )
 
 

@@ -8,16 +8,15 @@ from dataclasses import replace
 from typing import Final
 
 from fusesnap.daemon.telemetry.journal import Batch
-from fusesnap.daemon.telemetry.records import Attempt, FetchRecord, WaitRecord
-from fusesnap.fetch.events import (
-    Asked,
-    Boarded,
-    FetchEvent,
-    Landed,
-    Received,
-    TransferBegun,
-    Verifying,
+from fusesnap.daemon.telemetry.phases import phase_after
+from fusesnap.daemon.telemetry.records import (
+    Attempt,
+    FetchRecord,
+    Phase,
+    Step,
+    WaitRecord,
 )
+from fusesnap.fetch.events import Asked, FetchEvent, Landed, Received, TransferBegun
 from fusesnap.filesystem.wait_events import Answered, Blocked, WaitEvent
 
 # Ended records that may wait to be written: when the disk is full, or more happens than anybody will look at, the
@@ -27,6 +26,7 @@ UNWRITTEN: Final = 4096
 MARKS: Final = 64
 MARK_EVERY: Final = 0.05  # seconds, to begin with
 ATTEMPTS: Final = 16
+STEPS: Final = 64
 # A reason is for people; a stranger's answer may be in it.
 LONGEST_ERROR: Final = 500
 
@@ -56,7 +56,8 @@ class Recorder:
         if isinstance(event, Asked):
             self._numbers += 1
             priority = event.priority.name.lower()
-            self._keep(FetchRecord(self._session, self._numbers, path, priority, now))
+            steps = (Step(now, Phase.QUEUED),)
+            self._keep(FetchRecord(self._session, self._numbers, path, priority, now, steps))
             return
         before = self._fetches.get(path)
         if before is None:  # pragma: no cover - each path is asked for first
@@ -67,22 +68,17 @@ class Recorder:
             self._mark_every.pop(path, None)
 
     def _after(self, before: FetchRecord, event: FetchEvent, now: float) -> FetchRecord:
+        record = stepped(before, event, now)
         match event:
-            case Boarded():
-                return replace(before, boarded=now)
             case TransferBegun(_, cache, expected, kept):
                 attempts = (*before.attempts, Attempt(now, cache, kept))[-ATTEMPTS:]
-                return replace(
-                    before, attempts=attempts, expected=expected, received=kept, last_byte=None
-                )
+                return replace(record, attempts=attempts, expected=expected, received=kept)
             case Received(_, _, count):
-                return self._received(before, count, now)
-            case Verifying():
-                return replace(before, last_byte=now)
+                return self._received(record, count, now)
             case Landed(_, error):
                 said = None if error is None else str(error)[:LONGEST_ERROR]
-                return replace(before, landed=now, error=said)
-        raise AssertionError(event)  # pragma: no cover - Asked is where a record begins
+                return replace(record, landed=now, error=said)
+        return record
 
     def _received(self, before: FetchRecord, count: int, now: float) -> FetchRecord:
         received = before.received + count
@@ -93,8 +89,7 @@ class Recorder:
             if len(marks) > MARKS:
                 marks = marks[1::2]
                 self._mark_every[before.path] = every * 2
-        first = before.first_byte if before.first_byte is not None else now
-        return replace(before, first_byte=first, received=received, marks=marks)
+        return replace(before, received=received, marks=marks)
 
     def wait(self, event: WaitEvent) -> None:
         """A request begins to wait, or has waited."""
@@ -148,6 +143,15 @@ class Recorder:
             each.number: each for each in batch.fetches
         } | self._changed_fetches
         self._changed_waits = {each.number: each for each in batch.waits} | self._changed_waits
+
+
+def stepped(record: FetchRecord, event: FetchEvent, now: float) -> FetchRecord:
+    """``record`` after ``event``; no step is added where it does the same as before."""
+    before = record.steps[-1].phase
+    phase = phase_after(event, before)
+    if phase is before:
+        return record
+    return replace(record, steps=(*record.steps, Step(now, phase))[-STEPS:])
 
 
 def _said(event: Answered) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import Enum
 from typing import Final, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
@@ -10,6 +11,25 @@ from pydantic import TypeAdapter, ValidationError
 from fusesnap.errors import InvalidData
 
 T = TypeVar("T")
+
+
+class Phase(Enum):
+    """What a path does on its way. The values are for scripts and metrics."""
+
+    QUEUED = "queued"  # its turn has not come
+    ASKING = "asking"  # a cache was asked, and no byte has come: round trips
+    TRANSFER = "transfer"  # bytes come
+    PAUSED = "paused"  # some came, and more urgent ones have the link
+    VERIFY = "verify"  # all came; they are checked and committed
+    DISK = "disk"  # a reader waits for something that is here
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """``phase`` begins at ``at``."""
+
+    at: float
+    phase: Phase
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,8 +46,9 @@ class FetchRecord:
     """A path on its way from a cache into the store. ``path`` is its base name.
 
     ``session`` names the process that fetched, ``number`` the fetch in it. ``priority``: for whom it was asked for.
-    ``boarded``: its turn came. ``marks`` are pairs of a time and of the bytes that were there by then. Without
-    ``landed`` it is under way, or ended with its process; with ``error`` it is not in the store.
+    ``steps`` are what it did one after the other, from ``asked`` to ``landed``; ``marks`` are pairs of a time and of
+    the bytes that were there by then. Without ``landed`` it is under way, or ended with its process; with ``error`` it
+    is not in the store.
     """
 
     session: str
@@ -35,9 +56,7 @@ class FetchRecord:
     path: str
     priority: str
     asked: float
-    boarded: float | None = None
-    first_byte: float | None = None
-    last_byte: float | None = None
+    steps: tuple[Step, ...] = ()
     landed: float | None = None
     expected: int | None = None
     received: int = 0
@@ -45,12 +64,19 @@ class FetchRecord:
     marks: tuple[tuple[float, int], ...] = ()
     error: str | None = None
 
+    @property
+    def last_byte(self) -> float:
+        """When the last byte came that is here."""
+        verified = [step.at for step in self.steps if step.phase is Phase.VERIFY]
+        last = self.marks[-1][0] if self.marks else self.asked
+        return max(last, *verified[-1:], self.asked)
+
     def received_at(self, time: float) -> float:
         """How many bytes were there at ``time``, taken as if they came evenly between two marks."""
         before = (self.attempts[0].at if self.attempts else self.asked, 0)
         if time <= before[0]:
             return 0.0
-        for mark in (*self.marks, (self.last_byte or self.asked, self.received)):
+        for mark in (*self.marks, (self.last_byte, self.received)):
             if mark[0] >= time:
                 span = mark[0] - before[0]
                 share = (time - before[0]) / span if span > 0 else 1.0

@@ -10,10 +10,9 @@ from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from enum import Enum
 from typing import Final
 
-from fusesnap.daemon.telemetry.records import FetchRecord, StartRecord, WaitRecord
+from fusesnap.daemon.telemetry.records import FetchRecord, Phase, StartRecord, WaitRecord
 
 # Seconds without a wait after which what is waited for next is no part of the same start.
 QUIET: Final = 30.0
@@ -21,16 +20,6 @@ QUIET: Final = 30.0
 LONG_BEFORE: Final = 60.0
 # How finely the use of the link is drawn.
 LINK_STEPS: Final = 80
-
-
-class Phase(Enum):
-    """What a path does on its way. The values are for scripts, in the order in which they come."""
-
-    QUEUED = "queued"  # its turn has not come
-    ASKING = "asking"  # a cache was asked, and no byte has come: round trips
-    TRANSFER = "transfer"  # bytes come
-    VERIFY = "verify"  # all came; they are checked and committed
-    DISK = "disk"  # a reader waits for something that is here
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,19 +179,14 @@ def union(spans: Iterable[tuple[float, float]]) -> float:
 
 def segments_of(fetch: FetchRecord, end: float) -> list[Segment]:
     """The phases of a fetch; ``end`` is when it was last seen, where it has not ended."""
-    landed = fetch.landed if fetch.landed is not None else end
-    begins = [
-        (Phase.QUEUED, fetch.asked),
-        (Phase.ASKING, fetch.boarded),
-        (Phase.TRANSFER, fetch.first_byte),
-        (Phase.VERIFY, fetch.last_byte),
-    ]
-    known = [(phase, begin) for phase, begin in begins if begin is not None]
-    ends = [*(begin for _, begin in known[1:]), max(landed, known[-1][1])]
+    if not fetch.steps:
+        return []
+    last = max(fetch.landed if fetch.landed is not None else end, fetch.steps[-1].at)
+    ends = [*(step.at for step in fetch.steps[1:]), last]
     return [
-        Segment(phase, begin, end)
-        for (phase, begin), end in zip(known, ends, strict=True)
-        if end > begin
+        Segment(step.phase, step.at, until)
+        for step, until in zip(fetch.steps, ends, strict=True)
+        if until > step.at
     ]
 
 
@@ -387,7 +371,7 @@ def _links(
             continue
         # Only where its bytes came: there may be thousands of fetches.
         first = max(0, int((fetch.attempts[0].at - began) / step))
-        last = min(LINK_STEPS - 1, int(((fetch.last_byte or fetch.marks[-1][0]) - began) / step))
+        last = min(LINK_STEPS - 1, int((fetch.last_byte - began) / step))
         before = fetch.received_at(began + first * step)
         for number in range(first, last + 1):
             after = fetch.received_at(began + (number + 1) * step)

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
-from fusesnap.daemon.telemetry.records import Attempt, FetchRecord, StartRecord, WaitRecord
+from fusesnap.daemon.telemetry.records import (
+    Attempt,
+    FetchRecord,
+    Phase,
+    StartRecord,
+    Step,
+    WaitRecord,
+)
 from fusesnap.daemon.telemetry.start import Start, start_of
 
 BEGAN = 1_790_000_000.0
 UPPER = "/var/lib/fusesnap/snapshots/7/fs"
+WHOLE = (Phase.QUEUED, Phase.ASKING, Phase.TRANSFER, Phase.VERIFY)
 CACHE, MIRROR = "https://cache.example.org", "https://mirror.example.org"
 RECORD = StartRecord(
     "k8s.io/12/0123456789abcdef", "k8s.io/11/sha256:aa", UPPER, BEGAN, BEGAN + 0.02, fuse=True
@@ -27,21 +35,20 @@ def fetch(
     priority: str = "reader",
     cache: str = CACHE,
 ) -> FetchRecord:
-    """A fetch; ``times`` are when it was asked for, its turn came, the first and the last byte came, and it landed."""
-    asked, boarded, first, last, landed = (BEGAN + each for each in times)
+    """A fetch; ``times`` are when it was asked for, a cache was, the first and the last byte came, and it landed."""
+    asked, began, first, last, landed = (BEGAN + each for each in times)
+    steps = zip((asked, began, first, last), WHOLE, strict=True)
     return FetchRecord(
         session="one",
         number=number,
         path=base(number, name),
         priority=priority,
         asked=asked,
-        boarded=boarded,
-        first_byte=first,
-        last_byte=last,
+        steps=tuple(Step(at, phase) for at, phase in steps),
         landed=landed,
         expected=size,
         received=size,
-        attempts=(Attempt(boarded, cache),),
+        attempts=(Attempt(began, cache),),
         marks=((first, 0), (last, size)),
     )
 

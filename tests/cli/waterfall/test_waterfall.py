@@ -16,9 +16,10 @@ from fusesnap.cli.waterfall.chart import MOST_ROWS, TICKS, chart, seconds, ticks
 from fusesnap.cli.waterfall.page import page
 from fusesnap.cli.waterfall.svg import WIDTH, svg
 from fusesnap.cli.waterfall.text import LETTERS, show
-from fusesnap.daemon.telemetry.start import Phase, Start, start_of
+from fusesnap.daemon.telemetry.records import Phase
+from fusesnap.daemon.telemetry.start import Start, start_of
 
-from .samples import RECORD, base, fetch, nothing, sample, wait
+from .samples import RECORD, WHOLE, base, fetch, nothing, sample, wait
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -149,7 +150,7 @@ def test_text_in_a_file_has_no_colours_and_a_letter_for_each_phase() -> None:
     (glibc,) = [line for line in lines if "glibc" in line]
     assert glibc.startswith("▶ glibc-2.40-66")
     bar = glibc.split("glibc-2.40-66")[1].split("redis-server")[0].strip()
-    assert list(dict.fromkeys(bar)) == [LETTERS[phase] for phase in list(Phase)[:4]]
+    assert list(dict.fromkeys(bar)) == [LETTERS[phase] for phase in WHOLE]
     assert max(map(len, lines)) <= 120
     assert "3.0 MB from https://cache.example.org" in lines
     assert "2 waits more came after 30 s of quiet: see --number" in lines

@@ -12,12 +12,29 @@ import pytest
 
 from fusesnap.daemon.telemetry import journal as module
 from fusesnap.daemon.telemetry.journal import FILE_NAME, KEPT_DAYS, Batch, Journal
-from fusesnap.daemon.telemetry.records import Attempt, FetchRecord, StartRecord, WaitRecord
+from fusesnap.daemon.telemetry.records import (
+    Attempt,
+    FetchRecord,
+    Phase,
+    StartRecord,
+    Step,
+    WaitRecord,
+)
 from fusesnap.errors import InvalidData, StorageFailure
 
 DAY = 86400.0
 FETCH = FetchRecord(
-    "one", 1, "0-redis", "reader", 10, 11, 12, 13, 14, 30, 30, (Attempt(11, "c", 0),), ((12, 5),)
+    session="one",
+    number=1,
+    path="0-redis",
+    priority="reader",
+    asked=10,
+    steps=(Step(10, Phase.QUEUED), Step(11, Phase.ASKING)),
+    landed=14,
+    expected=30,
+    received=30,
+    attempts=(Attempt(11, "c", 0),),
+    marks=((12, 5),),
 )
 WAIT = WaitRecord("one", 1, "/s/1/fs", 7, "redis", True, "read", "0-redis", "bin", 10.5, 14)
 START = StartRecord("default/1/redis", "default/2/chain", "/s/1/fs", 9, 9.5, True)

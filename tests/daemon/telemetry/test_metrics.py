@@ -35,7 +35,7 @@ STATUS: Mapping[str, Any] = {
         {"url": "https://new", "reachable": None, "breaker": "closed"},
     ],
     "waiting": [{"for": "transfer", "seconds": 1.5}, {"for": "turn", "seconds": 3.0}],
-    "fetching": [{"for": "transfer"}, {"for": "narinfo"}, {"for": "turn"}],
+    "fetching": [{"for": each} for each in ("transfer", "narinfo", "turn", "pause")],
 }
 
 
@@ -91,11 +91,16 @@ def test_gauges_say_how_it_is_now() -> None:
         ("", "narinfo"): 0,
         ("", "turn"): 1,
         ("", "transfer"): 1,
+        ("", "pause"): 0,
         ("", "verify"): 0,
         ("", "disk"): 0,
     }
     assert samples(found["fusesnap_longest_wait_seconds"]) == {("",): 3}
-    assert samples(found["fusesnap_transfers"]) == {("", "running"): 2, ("", "queued"): 1}
+    assert samples(found["fusesnap_transfers"]) == {
+        ("", "running"): 2,
+        ("", "queued"): 1,
+        ("", "paused"): 1,
+    }
     assert samples(found["fusesnap_store_paths"])["", "valid"] == 2
     assert samples(found["fusesnap_store_bytes"]) == {("",): 5000}
     assert samples(found["fusesnap_cache_up"]) == {("", CACHE): 1, ("", "https://down"): 0}

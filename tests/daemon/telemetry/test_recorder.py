@@ -6,14 +6,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fusesnap.daemon.telemetry.journal import Batch
-from fusesnap.daemon.telemetry.recorder import MARKS, UNWRITTEN, Recorder
-from fusesnap.daemon.telemetry.records import Attempt, FetchRecord, WaitRecord
+from fusesnap.daemon.telemetry.recorder import MARKS, STEPS, UNWRITTEN, Recorder
+from fusesnap.daemon.telemetry.records import Attempt, FetchRecord, Phase, Step, WaitRecord
 from fusesnap.errors import Unavailable
 from fusesnap.fetch.events import (
     Asked,
     Boarded,
+    FetchEvent,
+    InLine,
     Landed,
+    Paused,
     Received,
+    Resumed,
     TransferBegun,
     Verifying,
 )
@@ -67,9 +71,12 @@ def test_a_fetch_becomes_a_record_of_its_phases() -> None:
             path=PATH.base_name,
             priority="trace",
             asked=100,
-            boarded=101,
-            first_byte=103,
-            last_byte=105,
+            steps=(
+                Step(100, Phase.QUEUED),
+                Step(101, Phase.ASKING),
+                Step(103, Phase.TRANSFER),
+                Step(105, Phase.VERIFY),
+            ),
             landed=106,
             expected=30,
             received=30,
@@ -102,13 +109,59 @@ def test_a_transfer_that_is_begun_again_counts_what_was_kept() -> None:
     assert record.attempts == (Attempt(100, "http://bad"), Attempt(100, CACHE, 40))
 
 
+def test_a_transfer_that_gives_way_is_paused_until_its_turn_comes_again() -> None:
+    bench = Bench()
+    bench.recorder.fetch(Asked(PATH, Priority.COMPLETION))
+    steps: list[FetchEvent] = [
+        Boarded(PATH),
+        InLine(PATH),
+        TransferBegun(PATH, CACHE, 100),
+        Received(PATH, CACHE, 30),
+        Paused(PATH),
+        Received(PATH, CACHE, 10),  # was under way
+        Resumed(PATH),
+        TransferBegun(PATH, CACHE, 100, kept=40),
+        Received(PATH, CACHE, 60),
+        Verifying(PATH),
+        Landed(PATH),
+    ]
+    for step in steps:
+        bench.now += 1
+        bench.recorder.fetch(step)
+    (record,) = bench.taken().fetches
+    assert [(step.at - 100, step.phase) for step in record.steps] == [
+        (0, Phase.QUEUED),
+        (1, Phase.ASKING),
+        (2, Phase.QUEUED),
+        (3, Phase.ASKING),
+        (4, Phase.TRANSFER),
+        (5, Phase.PAUSED),
+        (7, Phase.ASKING),
+        (9, Phase.TRANSFER),
+        (10, Phase.VERIFY),
+    ]
+    assert record.received == 100
+
+
+def test_steps_stay_few_and_end_with_the_last() -> None:
+    bench = Bench()
+    bench.recorder.fetch(Asked(PATH, Priority.COMPLETION))
+    for _ in range(STEPS):
+        bench.recorder.fetch(Paused(PATH))
+        bench.recorder.fetch(Resumed(PATH))
+    bench.recorder.fetch(Verifying(PATH))
+    (record,) = bench.taken().fetches
+    assert len(record.steps) == STEPS
+    assert record.steps[-1].phase is Phase.VERIFY
+
+
 def test_a_picture_of_many_bytes_stays_small_and_ends_where_they_do() -> None:
     bench = Bench()
     bench.fetch_all_of(PATH, [1] * 5000)
     (record,) = bench.taken().fetches
     assert MARKS // 4 <= len(record.marks) <= MARKS
     assert record.received_at(record.landed or 0) == 5000
-    middle = ((record.first_byte or 0) + (record.last_byte or 0)) / 2
+    middle = (record.attempts[0].at + record.last_byte) / 2
     assert abs(record.received_at(middle) - 2500) < 200
 
 

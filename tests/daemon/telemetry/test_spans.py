@@ -26,7 +26,7 @@ from fusesnap.daemon.telemetry.recorder import Recorder
 from fusesnap.daemon.telemetry.snapshots import ObservedSnapshots
 from fusesnap.daemon.telemetry.spans import NoSpans, close_spans, open_spans
 from fusesnap.errors import InvalidConfiguration, NotFound, Unavailable
-from fusesnap.fetch.events import Asked, Boarded, Landed, Received, TransferBegun, Verifying
+from fusesnap.fetch.events import Asked, Boarded, InLine, Landed, Received, TransferBegun, Verifying
 from fusesnap.fetch.flight import Reader
 from fusesnap.fetch.priority import Priority
 from fusesnap.filesystem.wait_events import Answered, Blocked, Question
@@ -54,6 +54,7 @@ class Bench:
         question = Question("open", PATH, 1, pid=7)
         self.spans.wait(Blocked(1, question, (Reader(7, "redis-server"),)))
         self.spans.fetch(Boarded(PATH))
+        self.spans.fetch(InLine(PATH))
         self.spans.fetch(TransferBegun(PATH, "http://bad", 30))
         self.spans.fetch(Received(PATH, "http://bad", 10))
         self.spans.fetch(TransferBegun(PATH, CACHE, 30, kept=10))
@@ -87,7 +88,7 @@ def test_a_fetch_is_a_span_with_its_transfers_and_its_commit() -> None:
         "fusesnap.bytes": 20,
     }
     waits, turn = realise.events
-    assert (waits.name, turn.name) == ("a reader waits", "its turn")
+    assert (waits.name, turn.name) == ("a reader waits", "others are before it")
     assert dict(waits.attributes or {})["fusesnap.reader"] == "redis-server"
     assert realise.status.is_ok
 
