@@ -10,7 +10,8 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
-from uuid import uuid4
+from pathlib import Path
+from uuid import UUID, uuid4
 
 import httpx
 import trio
@@ -25,6 +26,8 @@ from fusesnap.daemon.telemetry.recorder import Recorder
 from fusesnap.daemon.telemetry.spans import open_spans
 from fusesnap.errors import FusesnapError, StorageFailure
 from fusesnap.fetch.builder import Builder, CommandBuilder
+from fusesnap.fetch.chunked_paths import ChunkedPaths
+from fusesnap.fetch.contents import Contents
 from fusesnap.fetch.link import Link, open_link
 from fusesnap.fetch.loader import Loader
 from fusesnap.fetch.realiser import Limits, Realiser
@@ -34,6 +37,7 @@ from fusesnap.fetch.unpacking import ThreadUnpackers
 from fusesnap.nix.signature import PublicKey, TrustedKeys
 from fusesnap.nix.store_path import StoreDir
 from fusesnap.store.local_store import LocalStore
+from fusesnap.store.partial_nars import PartialNars
 from fusesnap.store.room import StoreLimits
 from fusesnap.substituter.client import make_client, open_substituter, tls_context
 from fusesnap.substituter.credentials import Secrets
@@ -45,6 +49,7 @@ from fusesnap.substituter.retry import RetryPolicy
 
 # Few connections are cheaper than many: 2,400 narinfos cost 2.4 s of CPU over 16, 6.6 s over 64.
 LOOKUP_CONNECTIONS = 16
+BOOT_ID = "/proc/sys/kernel/random/boot_id"
 # A transfer is given up a little before its readers give up: then they are told why.
 BEFORE_READERS = 0.9
 # Seconds over which the pace of a transfer is judged.
@@ -62,6 +67,7 @@ class Node:
     unpackers: UnpackProcesses
     link: Link
     realiser: Realiser
+    contents: Contents
     loader: Loader
     telemetry: Telemetry
 
@@ -200,6 +206,20 @@ def trusted_keys(settings: Settings) -> TrustedKeys:
     return TrustedKeys(tuple(map(PublicKey.parse, settings.trusted_public_keys)))
 
 
+async def open_chunked_paths(
+    settings: Settings,
+    store: LocalStore,
+    pool: SubstituterPool,
+    link: Link,
+    nursery: trio.Nursery,
+) -> ChunkedPaths:
+    """What is fetched by the chunk. Raises ``StorageFailure``."""
+    boot = UUID(Path(BOOT_ID).read_text(encoding="ascii").strip())  # noqa: ASYNC240 - the kernel has it at hand
+    partials = await trio.to_thread.run_sync(PartialNars.in_state, settings.root, boot)
+    keys, stall = trusted_keys(settings), settings.fetch.stall_timeout
+    return ChunkedPaths(store, pool, partials, keys, link, nursery, stall)
+
+
 def unpack_command(settings: Settings) -> list[str]:
     """How a process that unpacks is started; the descriptor of its stream is appended."""
     module = "fusesnap.daemon.unpack_worker"
@@ -248,6 +268,7 @@ async def open_node(
         unpackers = UnpackProcesses(
             unpack_command(settings), settings.fetch.unpackers, nursery, ThreadUnpackers(store)
         )
+        chunked = await open_chunked_paths(settings, store, pool, link, nursery)
         realiser = Realiser(
             store,
             pool,
@@ -258,11 +279,22 @@ async def open_node(
             identify,
             telemetry.fetch,
             open_builder(settings, store),
+            chunked,
         )
-        loader = Loader(store, store_dir, realiser, nursery)
+        contents = Contents(store, realiser, chunked, nursery)
+        loader = Loader(store, store_dir, contents, nursery)
         try:
             yield Node(
-                settings, store_dir, store, pool, unpackers, link, realiser, loader, telemetry
+                settings,
+                store_dir,
+                store,
+                pool,
+                unpackers,
+                link,
+                realiser,
+                contents,
+                loader,
+                telemetry,
             )
         finally:
             nursery.cancel_scope.cancel()

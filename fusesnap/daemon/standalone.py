@@ -79,7 +79,7 @@ def serving(
     """The mount, with what answers it."""
     open_files = OpenFiles()
     accesses = Opened(node.loader.opened)
-    store_nodes = StoreNodes(node.store, node.realiser, open_files, waiting, accesses)
+    store_nodes = StoreNodes(node.store, node.contents, open_files, waiting, accesses)
     image_nodes = ImageNodes(rootfs, shown_paths(rootfs), store_nodes)
     parts: dict[InodeKind, Nodes] = {
         InodeKind.FIXED: image_nodes,

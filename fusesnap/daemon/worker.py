@@ -77,7 +77,7 @@ async def serve(
             waiting = WaitingRequests(identify, ErrorCounts(), node.telemetry.wait)
             recorder = make_recorder(node)
             accesses = Recorded(recorder, node.loader.opened)
-            store_nodes = StoreNodes(node.store, node.realiser, open_files, waiting, accesses)
+            store_nodes = StoreNodes(node.store, node.contents, open_files, waiting, accesses)
             parts: dict[InodeKind, Nodes] = {
                 InodeKind.FIXED: LayerNodes(store_nodes, views),
                 InodeKind.STORE: store_nodes,
@@ -192,7 +192,7 @@ def calls(worker: Worker) -> Mapping[str, control.Answer]:
     async def fetch(question: Mapping[str, Any]) -> dict[str, Any]:
         """Fetch ``paths``, as urgently as ``priority`` says, the name of a ``Priority``."""
         paths = [node.store_dir.parse(path) for path in question.get("paths", [])]
-        node.realiser.request(paths, Priority[question.get("priority", Priority.PREFETCH.name)])
+        node.contents.request(paths, Priority[question.get("priority", Priority.PREFETCH.name)])
         return {}
 
     async def release(question: Mapping[str, Any]) -> dict[str, Any]:

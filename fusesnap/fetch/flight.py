@@ -161,7 +161,8 @@ class Flight:
         """An offer was chosen: bytes come from ``cache``, ``expected`` of them where that is known."""
         self.cache, self._expected, self._received, self._queued = cache, expected, 0, False
         self._verifying = False
-        self._departed.set()
+        for event in (self._in_line, self._departed):
+            event.set()
         self._own_progress = now = trio.current_time()
         self._marks = ((now, 0), (now, 0))
         self._observe(TransferBegun(self.path, cache, expected))

@@ -16,11 +16,11 @@ from pathlib import Path
 import trio
 
 from fusesnap.errors import FusesnapError, InvalidData
+from fusesnap.fetch.contents import Contents
 from fusesnap.fetch.priority import Priority
-from fusesnap.fetch.realiser import Realiser
 from fusesnap.nix.elf import Dynamic, read_dynamic
 from fusesnap.nix.store_path import StoreDir, StorePath
-from fusesnap.nix.tree import EntryKind, Tree
+from fusesnap.nix.tree import Entry, EntryKind, Tree
 from fusesnap.store.local_store import LocalStore, Pin
 from fusesnap.store.storage_errors import storage
 
@@ -34,16 +34,16 @@ class Loader:
     """Follows what was opened, in ``nursery``, behind the back of whoever opened it."""
 
     def __init__(
-        self, store: LocalStore, store_dir: StoreDir, realiser: Realiser, nursery: trio.Nursery
+        self, store: LocalStore, store_dir: StoreDir, contents: Contents, nursery: trio.Nursery
     ) -> None:
         self._store = store
         self._prefix = os.fsencode(store_dir.path) + b"/"
-        self._realiser = realiser
+        self._contents = contents
         self._nursery = nursery
         self._followed: set[tuple[int, int]] = set()
 
     def opened(self, ordinal: int, tree: Tree, index: int) -> None:
-        """Somebody opened a file of a committed path. Returns at once; what cannot be followed is let be."""
+        """Somebody opened a file of a path. Returns at once; what cannot be followed is let be."""
         if (ordinal, index) in self._followed:
             return
         entry = tree.entries[index]
@@ -62,21 +62,38 @@ class Loader:
         if inner:
             location /= os.fsdecode(inner)
         try:
-            dynamic = await trio.to_thread.run_sync(dynamic_of, location)
+            dynamic = await self._dynamic_of(pin.info.store_path, tree.entries[index], location)
             if dynamic is not None:
                 await self._fetch(dynamic)
         except FusesnapError as error:
             # Whoever really wants it will be told; this was only a guess.
             log.debug("%s: not followed: %s", location, error)
 
+    async def _dynamic_of(self, path: StorePath, entry: Entry, location: Path) -> Dynamic | None:
+        """What the loader will want of a file, wherever its bytes are by now. Raises as ``Contents.read``."""
+        reader = read_dynamic()
+        wanted = next(reader)
+        try:
+            while not self._store.is_committed(path):
+                size = max(0, min(wanted.size, entry.size - wanted.offset))
+                data = await self._contents.read(
+                    path, entry.offset + wanted.offset, size, priority=Priority.TRACE
+                )
+                if data is not None:
+                    wanted = reader.send(data)
+        except StopIteration as end:
+            found: Dynamic | None = end.value
+            return found
+        return await trio.to_thread.run_sync(dynamic_of, location)
+
     async def _fetch(self, dynamic: Dynamic) -> None:
         places = list(self._places(dynamic.search))
         wanted = [*self._places([dynamic.interpreter]), *places]
         paths = list(dict.fromkeys(pin.info.store_path for pin, _ in wanted))
-        self._realiser.request(paths, Priority.TRACE)
+        self._contents.request(paths, Priority.TRACE)
         for library in dynamic.needed:
             for pin, directory in places:
-                tree = await self._realiser.realise(pin.info.store_path, priority=Priority.TRACE)
+                tree = await self._contents.tree(pin.info.store_path, priority=Priority.TRACE)
                 found = resolve(tree, [*directory, library])
                 if found is not None:
                     self.opened(pin.ordinal, tree, found)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import trio
 
@@ -18,7 +18,9 @@ from fusesnap.errors import (
     Unavailable,
     UntrustedPath,
 )
+from fusesnap.fetch.acceptance import Acceptance
 from fusesnap.fetch.builder import Builder
+from fusesnap.fetch.chunked_paths import ChunkedPaths
 from fusesnap.fetch.events import ObserveFetch, unobserved
 from fusesnap.fetch.flight import Flight, FlightState, Progress, Reader
 from fusesnap.fetch.keeping import keeping
@@ -69,9 +71,12 @@ class Realiser:
         identify: Callable[[int], Reader],
         observe: ObserveFetch = unobserved,
         builder: Builder | None = None,
+        chunked: ChunkedPaths | None = None,
     ) -> None:
         self._store = store
         self._builder = builder
+        self._chunked = chunked
+        self._acceptance = chunked.acceptance if chunked is not None else Acceptance(store, None)
         self._pool = pool
         self._unpackers = unpackers
         self._link = link
@@ -211,13 +216,18 @@ class Realiser:
         """The tree behind an ordinal, if it is in memory: never waits."""
         return self._trees.get(ordinal)
 
+    def know_tree(self, ordinal: int, tree: Tree) -> None:
+        """Keep a tree that somebody has by other means, as verified."""
+        self._trees.put(ordinal, tree)
+
     def forget_tree(self, ordinal: int) -> None:
         """Look at the path behind an ordinal again at the next question: it is not on disk as it was."""
         self._trees.drop(ordinal)
 
     def flights(self) -> list[FlightState]:
         """Every transfer of this moment, the longest running first."""
-        return [flight.state() for flight in self._flights.values()]
+        parts = self._chunked.flights() if self._chunked is not None else []
+        return [*(flight.state() for flight in self._flights.values()), *parts]
 
     def requested(self) -> dict[Priority, int]:
         """How many paths were asked for ahead and are no flights yet, by how urgent they are."""
@@ -297,6 +307,42 @@ class Realiser:
             return await self._fetch(flight, room)
 
     async def _fetch(self, flight: Flight, room: Reservation) -> Tree:
+        """The path, and what it takes to have it; parts of it are not needed afterwards."""
+        tree = await self._complete(flight, room) or await self._fetch_whole(flight, room)
+        if self._chunked is not None:
+            await self._chunked.committed(flight.path)
+        return tree
+
+    async def _complete(self, flight: Flight, room: Reservation) -> Tree | None:
+        """Fetch what is missing of a path of which parts are here; None where there is nothing to go on with."""
+        chunked = await self._chunked.begun(flight.path) if self._chunked is not None else None
+        if self._chunked is None or chunked is None:
+            return None
+        # As any path: its NAR is held against its hash while it is unpacked.
+        info = replace(chunked.pin.info, compression="none", file_hash=None, file_size=None)
+        await room.take(info.nar_size)
+        flight.begin(chunked.source, chunked.remaining)
+        try:
+            async with (
+                self._unpackers.unpacking(chunked.pin, info) as unpacking,
+                aclosing(chunked.nar(lambda: flight.priority, flight.progress)) as pieces,
+            ):
+                async for piece in pieces:
+                    await unpacking.feed(piece)
+                flight.verify()
+                await unpacking.commit(together=flight.priority >= Priority.REST)
+            tree = await trio.to_thread.run_sync(self._store.tree, flight.path)
+        except UnpackerDied as error:
+            log.warning("%s: %s; it is fetched whole", flight.path, error)
+            return None
+        except (Unavailable, PathNotFound, InvalidData, UntrustedPath) as error:
+            await self._chunked.give_up(chunked, error)
+            return None
+        if tree is not None:
+            self._trees.put(chunked.pin.ordinal, tree)
+        return tree
+
+    async def _fetch_whole(self, flight: Flight, room: Reservation) -> Tree:
         """Try one offer after the other until one of them is the path."""
         failures: dict[str, FusesnapError] = {}
         forgotten: set[str] = set()
@@ -305,7 +351,7 @@ class Realiser:
             if offer is None:
                 return await self._built_tree(flight.path)
             try:
-                pin = await self._accept(offer)
+                pin = await self._acceptance.pin(offer)
                 tree = await self._transfer(flight, offer, pin, room)
             except (Unavailable, PathNotFound, InvalidData, UntrustedPath) as error:
                 log.warning("%s: %s: %s", offer.substituter.url, flight.path, error)
@@ -348,22 +394,6 @@ class Realiser:
         if tree is None:
             raise Unavailable(f"{path}: was built, and is gone again")
         return tree
-
-    async def _accept(self, offer: Offer) -> Pin:
-        """Pin the offer, unless another NAR of the path is committed: then it is no substitute for that.
-
-        Of a path that is not committed nothing was ever shown, so it may become what its cache has by now.
-        """
-        info = offer.narinfo
-        pinned = self._store.pinned(info.store_path)
-        if pinned is not None and pinned.info.nar_hash == info.nar_hash:
-            return pinned
-        if pinned is not None and self._store.is_committed(info.store_path):
-            raise InvalidData(
-                f"{info.store_path}: offers a NAR that hashes to {info.nar_hash}, "
-                f"but the path is in use as {pinned.info.nar_hash}"
-            )
-        return await trio.to_thread.run_sync(self._store.pin, info)
 
     async def _transfer(self, flight: Flight, offer: Offer, pin: Pin, room: Reservation) -> Tree:
         for _ in range(UNPACK_ATTEMPTS - 1):

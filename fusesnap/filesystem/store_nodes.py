@@ -10,7 +10,7 @@ from contextlib import suppress
 from functools import partial
 
 from fusesnap.errors import InvalidData, NotFound, Unavailable
-from fusesnap.fetch.realiser import Realiser
+from fusesnap.fetch.contents import Contents
 from fusesnap.filesystem.accesses import Accesses
 from fusesnap.filesystem.inode import Inode, InodeKind
 from fusesnap.filesystem.nodes import FOREVER, Attributes, DirectoryEntry, directory
@@ -41,14 +41,14 @@ class StoreNodes:
     def __init__(
         self,
         store: LocalStore,
-        realiser: Realiser,
+        contents: Contents,
         open_files: OpenFiles,
         waiting: WaitingRequests,
         accesses: Accesses,
     ) -> None:
         self._accesses = accesses
         self._store = store
-        self._realiser = realiser
+        self._contents = contents
         self._open_files = open_files
         self._waiting = waiting
 
@@ -68,7 +68,7 @@ class StoreNodes:
         """The root of a path of unknown kind: known once the path is committed."""
         inode = Inode(InodeKind.STORE, 0, self._pinned(path).ordinal, view)
         self._accesses.accessed(inode.ordinal, pid)
-        tree = self._realiser.cached_tree(inode.ordinal)
+        tree = self._contents.cached_tree(inode.ordinal)
         if tree is None:
             tree = await self._wait(Question("lookup", path, inode.number, pid=pid))
             inode = Inode(InodeKind.STORE, 0, self._pinned(path).ordinal, view)
@@ -131,7 +131,8 @@ class StoreNodes:
     async def read(self, inode: Inode, offset: int, size: int) -> bytes:
         """See ``Nodes``. No await lies between finding the descriptor and using it: nothing can close it meanwhile.
 
-        A path may have been collected, or removed by somebody, since its tree was read; then it is fetched again.
+        What is not committed is read from its NAR, by the chunk, as far as that can be had so. A path may have been
+        collected, or removed by somebody, since its tree was read; then it is fetched again.
         """
         self._accesses.read(inode.ordinal, inode.entry, offset, size)
         for _ in range(READ_ATTEMPTS):
@@ -141,7 +142,10 @@ class StoreNodes:
                 descriptor = self._open(inode, tree)
             if descriptor is not None:
                 return os.pread(descriptor, size, offset)
-            self._realiser.forget_tree(inode.ordinal)
+            data = await self._part(inode, tree, offset, size)
+            if data is not None:
+                return data
+            self._contents.forget_tree(inode.ordinal)
         raise Unavailable(
             f"{self._pin(inode).info.store_path}: removed {READ_ATTEMPTS} times while it was read"
         )
@@ -167,6 +171,22 @@ class StoreNodes:
                 raise
             return None
 
+    async def _part(self, inode: Inode, tree: Tree, offset: int, size: int) -> bytes | None:
+        """Bytes of a file of a path that is not committed, or ``None`` once it is."""
+        entry, pin = _entry(tree, inode), self._pin(inode)
+        path = pin.info.store_path
+        start, size = entry.offset + offset, min(size, entry.size - offset)
+        if size <= 0:
+            return b""
+        data = self._contents.at_hand(pin.ordinal, path, start, size)
+        if data is None:
+            data = await self._waiting.wait(
+                Question("read", path, inode.number),
+                lambda watch: self._contents.read(path, start, size, watch=watch),
+            )
+            self._check_same(pin)
+        return data
+
     def _pinned(self, path: StorePath) -> Pin:
         pin = self._store.pinned(path)
         if pin is None:
@@ -181,7 +201,7 @@ class StoreNodes:
 
     async def _tree(self, inode: Inode, pid: int | None, operation: str, name: bytes = b"") -> Tree:
         self._accesses.accessed(inode.ordinal, pid)
-        tree = self._realiser.cached_tree(inode.ordinal)
+        tree = self._contents.cached_tree(inode.ordinal)
         if tree is not None:
             return tree
         pin = self._pin(inode)
@@ -191,7 +211,7 @@ class StoreNodes:
 
     async def _wait(self, question: Question) -> Tree:
         return await self._waiting.wait(
-            question, partial(self._realiser.realise, question.path, question.pid)
+            question, partial(self._contents.tree, question.path, question.pid)
         )
 
     def _check_same(self, pin: Pin) -> None:
@@ -210,7 +230,7 @@ class StoreNodes:
 
         Of a claimed root nothing was shown but that it is a directory, so it may be what its cache has by now.
         """
-        if inode.kind is InodeKind.CLAIMED and self._realiser.cached_tree(inode.ordinal) is None:
+        if inode.kind is InodeKind.CLAIMED and self._contents.cached_tree(inode.ordinal) is None:
             self._accesses.accessed(inode.ordinal, pid)
             path = self._pin(inode).info.store_path
             tree = await self._wait(Question(operation, path, inode.number, name, pid))

@@ -133,6 +133,12 @@ class PartialNars:
             return file.read_bytes()
         return None
 
+    def is_begun(self, path: StorePath) -> bool:
+        """Whether something of ``path`` was perhaps shown by an index."""
+        file = self._file(path, ".narindex")
+        with storage("look for", file):
+            return file.exists()
+
     def open(self, pin: Pin, index: bytes, chunks: ChunkTable) -> PartialNar:
         """Open what is here of the NAR of ``pin``, of which ``index`` is the NAR index and ``chunks`` its table.
 

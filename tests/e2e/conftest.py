@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -184,3 +186,43 @@ def nix_layers(nix_store: NixStore, simple: SimpleClosure, list_path: str) -> Ca
 def base_layer() -> Layer:
     """What a container needs beside its programs."""
     return ordinary_layer({"etc/hostname": b"test\n", "tmp/.keep": b"", "root/.keep": b""})
+
+
+Publish = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture(scope="session")
+def publish() -> Publish:
+    """Run ``fusesnap publish``."""
+
+    def call(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+        command = [Path(sys.executable).with_name("fusesnap"), "publish", *arguments]
+        return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def published(
+    tmp_path_factory: pytest.TempPathFactory,
+    nix_store: NixStore,
+    simple: SimpleClosure,
+    key: SigningKey,
+    publish: Publish,
+) -> CacheFiles:
+    directory = tmp_path_factory.mktemp("published")
+    options = (
+        "--from",
+        nix_store.directory,
+        "--to",
+        directory,
+        "--secret-key-file",
+        key.secret_file,
+    )
+    done = publish(*options, "--closure", simple.root)
+    assert done.returncode == 0, done.stderr
+    # JSON cannot say a name that one of the paths has.
+    (line,) = done.stderr.splitlines()
+    assert "-tree: has no listing in the cache: " in line
+    assert done.stdout.startswith(f"{len(simple.closure.paths)} paths, ")
+    return CacheFiles(directory)

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,45 +15,9 @@ from testbed.synthetic import SimpleClosure
 
 from fusesnap.cli.app import main
 
-Publish = Callable[..., subprocess.CompletedProcess[str]]
+from .conftest import Publish
+
 CONFIG = "experimental-features = nix-command\nsandbox = false\nbuild-users-group =\n"
-
-
-@pytest.fixture(scope="session")
-def publish() -> Publish:
-    """Run ``fusesnap publish``."""
-
-    def call(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-        command = [Path(sys.executable).with_name("fusesnap"), "publish", *arguments]
-        return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-
-    return call
-
-
-@pytest.fixture(scope="module")
-def published(
-    tmp_path_factory: pytest.TempPathFactory,
-    nix_store: NixStore,
-    simple: SimpleClosure,
-    key: SigningKey,
-    publish: Publish,
-) -> CacheFiles:
-    directory = tmp_path_factory.mktemp("published")
-    options = (
-        "--from",
-        nix_store.directory,
-        "--to",
-        directory,
-        "--secret-key-file",
-        key.secret_file,
-    )
-    done = publish(*options, "--closure", simple.root)
-    assert done.returncode == 0, done.stderr
-    # JSON cannot say a name that one of the paths has.
-    (line,) = done.stderr.splitlines()
-    assert "-tree: has no listing in the cache: " in line
-    assert done.stdout.startswith(f"{len(simple.closure.paths)} paths, ")
-    return CacheFiles(directory)
 
 
 def copy(nix: list[str], cache: CacheFiles, target: Path, public_key: str, root: str) -> None:

@@ -6,11 +6,14 @@ import stat
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
+from uuid import UUID
 
 import pytest
 import trio
 
 from fusesnap.errors import FusesnapError, InvalidData, NotFound
+from fusesnap.fetch.chunked_paths import ChunkedPaths
+from fusesnap.fetch.contents import Contents
 from fusesnap.fetch.flight import Reader
 from fusesnap.fetch.link import open_link
 from fusesnap.fetch.realiser import Limits, Realiser
@@ -23,6 +26,7 @@ from fusesnap.filesystem.waiting import WaitingRequests
 from fusesnap.nix.store_path import StoreDir, StorePath
 from fusesnap.nix.tree import Tree
 from fusesnap.store.local_store import LocalStore
+from fusesnap.store.partial_nars import PartialNars
 from fusesnap.substituter.memory import MemorySubstituter
 from fusesnap.substituter.narinfo_cache import NarInfoCache
 from fusesnap.substituter.pool import SubstituterPool
@@ -70,7 +74,10 @@ class Bench:
         self.realiser = realiser
         waiting = WaitingRequests(self.identify, ErrorCounts())
         self.open_files = OpenFiles()
-        self.nodes = StoreNodes(store, realiser, self.open_files, waiting, self.accesses)
+        partials = PartialNars.in_state(store.layer.parent, UUID(int=1))
+        chunked = ChunkedPaths(store, pool, partials, TRUSTED, link, nursery, stall=10.0)
+        contents = Contents(store, realiser, chunked, nursery)
+        self.nodes = StoreNodes(store, contents, self.open_files, waiting, self.accesses)
 
     def identify(self, pid: int) -> Reader:
         return Reader(pid, "test")

@@ -1,0 +1,386 @@
+"""A store path of which single chunks are fetched.
+
+Its index is known and signed, so its tree is told at once, and bytes of its files as soon as the chunks that hold them
+are here and verified. One request carries what is missing and near: chunks beside one another are beside one another
+in the cache's file too. What is fetched outlives who asked for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Iterable,
+    Iterator,
+    Sequence,
+)
+from contextlib import aclosing, asynccontextmanager
+from typing import Final
+
+import trio
+
+from fusesnap.errors import DeadlineExceeded, FusesnapError, InvalidData, Unavailable
+from fusesnap.fetch.flight import Flight
+from fusesnap.fetch.link import Link, Passage, PauseLost
+from fusesnap.fetch.priority import Priority
+from fusesnap.nix.chunk_table import Chunk
+from fusesnap.nix.nar_index import NarIndex
+from fusesnap.nix.store_path import StorePath
+from fusesnap.nix.tree import Tree
+from fusesnap.store.local_store import Pin
+from fusesnap.store.partial_nars import PartialNar
+from fusesnap.substituter.base import Bookmark
+from fusesnap.substituter.pool import Offer
+
+# Bytes of the file that are rather fetched again than asked for around: less than any link carries in a round trip.
+NEAR: Final = 32 * 1024
+# Bytes of the file in one request at most: what is more urgent interrupts it, but not without loss.
+LARGEST_RUN: Final = 4 * 1024 * 1024
+# Bytes of the file that follow a miss, with the same urgency: as much as the link carries in about the time that a
+# request takes anyway, within these. The first is for a link of which nothing is known yet.
+FIRST_REACH: Final = 128 * 1024
+LEAST_REACH: Final = 64 * 1024
+MOST_REACH: Final = 512 * 1024
+# Bytes of the NAR that are taken at a time when the rest is fetched.
+_PIECE: Final = 1024 * 1024
+
+
+class _Run:
+    """Chunks that one request carries, from the first to the last of ``numbers``.
+
+    It is as urgent as the most urgent of those who want it.
+    """
+
+    def __init__(self, numbers: Sequence[int], priority: Priority) -> None:
+        self.numbers = numbers
+        self.priority = priority
+        self.passage: Passage | None = None
+        self.error: FusesnapError | None = None
+        self.arrived = {number: trio.Event() for number in numbers}
+
+    def want(self, priority: Priority) -> None:
+        """It is wanted as urgently as this, if that is more than before."""
+        self.priority = min(self.priority, priority)
+        if self.passage is not None:
+            self.passage.become(self.priority)
+
+
+class ReadAhead:
+    """How far beyond what is wanted is fetched: as long as reads are sequential twice as far each time."""
+
+    def __init__(self) -> None:
+        self._window = 0
+        self._next = -1
+
+    def window(self, first: int) -> int:
+        """Bytes of the file to fetch behind a miss at chunk ``first``, less urgently; 0 for one out of the blue."""
+        self._window = min(max(2 * self._window, FIRST_REACH), LARGEST_RUN) * (first == self._next)
+        return self._window
+
+    def fetched(self, last: int) -> None:
+        """Chunks up to ``last`` were asked for."""
+        self._next = last + 1
+
+
+def reach(link: Link, source: str) -> int:
+    """Bytes of the file to fetch behind a miss."""
+    underway = int(link.rate * link.round_trip(source))
+    return min(max(underway, LEAST_REACH), MOST_REACH) if underway else FIRST_REACH
+
+
+class ChunkedPath:
+    """One path. ``offer`` finds who has its NAR; ``stall`` is in seconds; ``nursery`` holds the requests."""
+
+    def __init__(
+        self,
+        pin: Pin,
+        index: NarIndex,
+        partial: PartialNar,
+        offer: Callable[[], Awaitable[Offer]],
+        link: Link,
+        nursery: trio.Nursery,
+        stall: float,
+    ) -> None:
+        self.pin = pin
+        self._index = index
+        self._chunks = index.chunks
+        self._partial = partial
+        self._offer = offer
+        self._link = link
+        self._ahead = ReadAhead()
+        self._nursery = nursery
+        self._stall = stall
+        self._source = ""  # the URL of the cache that was asked last
+        self._coming: dict[int, _Run] = {}  # by the chunk
+        self._runs: set[_Run] = set()
+        self._flight: Flight | None = None
+        self._progressed = trio.current_time()
+        self._closed = False
+
+    @property
+    def path(self) -> StorePath:
+        """Which path it is."""
+        return self.pin.info.store_path
+
+    @property
+    def tree(self) -> Tree:
+        """The tree, as the index tells it."""
+        return self._index.tree
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing is under way."""
+        return not self._runs
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether no chunk is here."""
+        return self._partial.is_empty
+
+    @property
+    def flight(self) -> Flight | None:
+        """What is being fetched now, for people to see."""
+        return self._flight
+
+    @property
+    def source(self) -> str:
+        """The URL of the cache that was asked last; empty before."""
+        return self._source
+
+    @property
+    def remaining(self) -> int:
+        """Bytes of the file that are still to be fetched."""
+        missing = self._partial.missing(range(len(self._chunks)))
+        return sum(self._chunks[number].file_size for number in missing)
+
+    def close(self) -> None:
+        """Let go of its files, when it is idle. What still reads it is told that there is nothing."""
+        self._closed = True
+        self._partial.close()
+
+    async def read(
+        self,
+        offset: int,
+        size: int,
+        watch: Callable[[Flight], None] = lambda _: None,
+        priority: Priority = Priority.READER,
+    ) -> bytes | None:
+        """``size`` bytes of the NAR from ``offset``; None where this was closed meanwhile.
+
+        ``watch`` is told what is waited for. Raises why a chunk cannot be had (``Unavailable``, ``PathNotFound``,
+        ``InvalidData`` where it is not the one that the index tells of, ``StorageFailure``), or ``DeadlineExceeded``.
+        """
+        await self._ensure(offset, offset + size, watch, priority)
+        return None if self._closed else self._partial.read(offset, size)
+
+    def at_hand(self, offset: int, size: int) -> bytes | None:
+        """The same without waiting: None unless all of it is here."""
+        if self._closed or self._missing(offset, offset + size):
+            return None
+        return self._partial.read(offset, size)
+
+    async def nar(
+        self, priority: Callable[[], Priority], progress: Callable[[int], None]
+    ) -> AsyncGenerator[bytes]:
+        """The whole NAR in pieces, fetching what is missing as urgently as ``priority`` says each time.
+
+        ``progress`` is told how many bytes of the file are here more than before. Raises as :meth:`read`.
+        """
+        left = self.remaining
+        for done in range(0, self._chunks.nar_size, _PIECE):
+            size = min(_PIECE, self._chunks.nar_size - done)
+            data = await self.read(done, size, priority=priority())
+            if data is None:
+                raise Unavailable(f"{self.path}: what was here of it was removed")
+            before, left = left, self.remaining
+            progress(before - left)
+            yield data
+
+    async def _ensure(
+        self, start: int, end: int, watch: Callable[[Flight], None], priority: Priority
+    ) -> None:
+        wanted = [] if self._closed else self._missing(start, end)
+        if not wanted:
+            return
+        self._begin([number for number in wanted if number not in self._coming], priority)
+        if self._flight is not None:
+            watch(self._flight)
+        for number, run in [(number, self._coming[number]) for number in wanted]:
+            if not run.arrived[number].is_set():
+                run.want(priority)
+            await self._wait(run, number)
+
+    def _missing(self, start: int, end: int) -> list[int]:
+        return self._partial.missing(self._chunks.covering(start, end))
+
+    async def _wait(self, run: _Run, number: int) -> None:
+        arrived = run.arrived[number]
+        while not arrived.is_set():
+            if run.passage is not None and run.passage.paused:
+                self._progressed = (
+                    trio.current_time()
+                )  # the clock stands still for what others keep from coming
+            with trio.move_on_at(self._progressed + self._stall):
+                await arrived.wait()
+            late = trio.current_time() >= self._progressed + self._stall
+            if late and not arrived.is_set() and not (run.passage and run.passage.paused):
+                raise DeadlineExceeded(
+                    f"{self.path}: no progress for {self._stall:g} s: waiting for a part of it from"
+                    f" {self._source or 'any cache'}"
+                )
+        if not self._partial.has(number):
+            raise run.error or Unavailable(f"{self.path}: chunk {number} did not come")
+
+    # ------------------------------------------------------------ fetching
+
+    def _begin(self, due: list[int], priority: Priority) -> None:
+        """Ask for chunks that nobody has asked for, and for some behind them."""
+        if not due:
+            return
+        if self.is_idle:
+            self._progressed = trio.current_time()
+            self._flight = Flight(self.path)
+        if priority is not Priority.READER:  # who knows what he wants
+            self._start_runs(due, priority)
+            return
+        window = self._ahead.window(due[0])
+        near = self._following(due[-1] + 1, reach(self._link, self._source))
+        self._start_runs([*due, *near], priority)
+        last = (near or due)[-1]
+        far = self._following(last + 1, window)
+        self._start_runs(far, Priority.REST)
+        self._ahead.fetched((far or [last])[-1])
+
+    def _following(self, first: int, window: int) -> list[int]:
+        """Chunks from ``first`` on, as long as they are missing and ``window`` bytes hold them."""
+        found = []
+        for number in range(first, len(self._chunks)):
+            window -= self._chunks[number].file_size
+            if window < 0 or self._partial.has(number) or number in self._coming:
+                break
+            found.append(number)
+        return found
+
+    def _start_runs(self, numbers: Iterable[int], priority: Priority) -> None:
+        for group in self._groups(numbers):
+            run = _Run(group, priority)
+            self._runs.add(run)
+            self._coming |= dict.fromkeys(group, run)
+            self._nursery.start_soon(self._fetch, run, name=f"fetch a part of {self.path}")
+
+    def _groups(self, numbers: Iterable[int]) -> Iterator[list[int]]:
+        """Split into what one request carries each."""
+        group: list[int] = []
+        for number in numbers:
+            if group and not self._belongs(group, number):
+                yield group
+                group = []
+            group.append(number)
+        if group:
+            yield group
+
+    def _belongs(self, group: list[int], number: int) -> bool:
+        between = range(group[-1] + 1, number)
+        gap = sum(self._chunks[each].file_size for each in between)
+        length = self._chunks[number].file_end - self._chunks[group[0]].file_start
+        return gap <= NEAR and length <= LARGEST_RUN and all(map(self._partial.has, between))
+
+    async def _fetch(self, run: _Run) -> None:
+        run.error = Unavailable(f"{self.path}: the fetch was given up because the process ends")
+        try:
+            await self._fetch_from(await self._offer(), run)
+            run.error = None
+        except FusesnapError as error:
+            run.error = error
+        except PauseLost as error:
+            run.error = Unavailable(str(error))
+        finally:
+            self._end(run)
+
+    def _end(self, run: _Run) -> None:
+        self._runs.discard(run)
+        for number in run.numbers:
+            if self._coming.get(number) is run:
+                del self._coming[number]
+        for event in run.arrived.values():
+            event.set()
+        if self.is_idle and self._flight is not None:
+            self._flight.land(run.error or self.tree)
+            self._flight = None
+
+    async def _fetch_from(self, offer: Offer, run: _Run) -> None:
+        first, last = self._chunks[run.numbers[0]], self._chunks[run.numbers[-1]]
+        self._source = offer.substituter.url
+        size = last.file_end - first.file_start
+        with self._link.passage(run.priority, self._source, size) as run.passage:
+            await run.passage.turn()
+            self._progressed = trio.current_time()
+            if self._flight is not None:
+                self._flight.begin(self._source, size)
+            reading = run.passage.pieces(
+                lambda bookmark: _part(offer, first.file_start, last.file_end, bookmark),
+                self._resumed,
+            )
+            async with aclosing(reading) as pieces:
+                await self._receive(run, pieces)
+
+    def _resumed(self, kept: int) -> None:
+        self._progressed = trio.current_time()
+
+    async def _receive(self, run: _Run, pieces: AsyncIterator[bytes]) -> None:
+        left = iter(range(run.numbers[0], run.numbers[-1] + 1))
+        due = self._chunks[next(left)]
+        held = bytearray()
+        async for piece in pieces:
+            self._progressed = trio.current_time()
+            if self._flight is not None:
+                self._flight.progress(len(piece))
+            held += piece
+            frames: list[tuple[Chunk, bytes]] = []
+            while len(held) >= due.file_size:
+                frames.append((due, bytes(memoryview(held)[: due.file_size])))
+                del held[: due.file_size]
+                number = next(left, None)
+                if number is None:
+                    break
+                due = self._chunks[number]
+            if frames:
+                await trio.to_thread.run_sync(self._put, frames)
+                self._arrived(run, frames)
+
+    def _put(self, frames: Iterable[tuple[Chunk, bytes]]) -> None:
+        """Verify and write chunks; in a thread: zstd and SHA-256 let go of the interpreter lock."""
+        for chunk, frame in frames:
+            try:
+                data = chunk.unpack(frame)
+            except InvalidData as error:
+                raise type(error)(f"{self._source}: {self.path}: {error}") from None
+            self._partial.write(chunk, data)
+
+    def _arrived(self, run: _Run, frames: Iterable[tuple[Chunk, bytes]]) -> None:
+        for chunk, _ in frames:
+            self._partial.note(chunk.number)
+            if chunk.number in run.arrived:
+                self._coming.pop(chunk.number, None)
+                run.arrived[chunk.number].set()
+
+
+@asynccontextmanager
+async def _part(
+    offer: Offer, start: int, end: int, bookmark: Bookmark
+) -> AsyncGenerator[AsyncIterator[bytes]]:
+    """A part of the NAR's file, on from where ``bookmark`` says, which is kept up to date."""
+    bookmark.resumable = True
+    async with (
+        offer.substituter.part(offer.narinfo, start + bookmark.received, end) as pieces,
+        aclosing(_counted(pieces, bookmark)) as counted,
+    ):
+        yield counted
+
+
+async def _counted(pieces: AsyncIterator[bytes], bookmark: Bookmark) -> AsyncGenerator[bytes]:
+    async for piece in pieces:
+        bookmark.received += len(piece)
+        yield piece

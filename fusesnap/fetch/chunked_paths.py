@@ -1,0 +1,237 @@
+"""Which store paths are fetched by the chunk: those of which a cache has an index that a trusted key has signed.
+
+Whatever is wrong with an index or with a chunk, the path is fetched whole instead, from whichever cache has it, and is
+not asked for by the chunk again for a while.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import OrderedDict
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Final
+
+import trio
+
+from fusesnap.errors import FusesnapError, InvalidData, PathNotFound, UntrustedPath
+from fusesnap.fetch.acceptance import Acceptance
+from fusesnap.fetch.chunked_path import ChunkedPath
+from fusesnap.fetch.flight import FlightState
+from fusesnap.fetch.link import Link
+from fusesnap.nix.index_reference import IndexReference
+from fusesnap.nix.nar_index import MAX_INDEX_SIZE, NarIndex, parse_nar_index
+from fusesnap.nix.narinfo import NarInfo
+from fusesnap.nix.signature import TrustedKeys
+from fusesnap.nix.store_path import StorePath
+from fusesnap.store.local_store import LocalStore, Pin
+from fusesnap.store.partial_nars import PartialNars
+from fusesnap.substituter.pool import Offer, SubstituterPool
+from fusesnap.substituter.retry import PartsUnsupported
+
+log = logging.getLogger(__name__)
+
+# Two descriptors each, and an index in memory.
+OPEN_AT_MOST: Final = 256
+# Seconds for which a path is fetched whole after its index, or a chunk, was no good.
+WHOLE_FOR: Final = 300.0
+# Seconds for which a cache that sends files whole is not asked for parts.
+NO_PARTS_FOR: Final = 3600.0
+
+
+class ChunkedPaths:
+    """Those of one process."""
+
+    def __init__(
+        self,
+        store: LocalStore,
+        pool: SubstituterPool,
+        partials: PartialNars,
+        keys: TrustedKeys,
+        link: Link,
+        nursery: trio.Nursery,
+        stall: float,
+    ) -> None:
+        self._store = store
+        self._pool = pool
+        self._partials = partials
+        self.acceptance = Acceptance(store, partials)
+        self._keys = keys
+        self._link = link
+        self._nursery = nursery
+        self._stall = stall
+        self._open: OrderedDict[StorePath, ChunkedPath] = OrderedDict()
+        self._finding: dict[StorePath, trio.Event] = {}
+        self._whole_until: dict[StorePath, float] = {}
+        self._no_parts_until: dict[str, float] = {}
+
+    def flights(self) -> list[FlightState]:
+        """What is being fetched of this moment."""
+        flights = [path.flight for path in self._open.values()]
+        return [flight.state() for flight in flights if flight is not None]
+
+    async def find(self, path: StorePath) -> ChunkedPath | None:
+        """``path``, if it can be fetched by the chunk; None where it is to be fetched whole.
+
+        No cache is asked unless the path was pinned as one that has an index.
+        """
+        while (event := self._finding.get(path)) is not None:
+            await event.wait()
+        known = self._open.get(path)
+        if known is not None:
+            self._open.move_to_end(path)
+            return known
+        if self._whole_until.get(path, 0.0) > trio.current_time():
+            return None
+        async with self._alone(path):
+            found = await self._find(path)
+            if found is not None:
+                self._keep(path, found)
+            return found
+
+    def opened(self, path: StorePath) -> ChunkedPath | None:
+        """``path``, if it was found before and is still open."""
+        return self._open.get(path)
+
+    async def begun(self, path: StorePath) -> ChunkedPath | None:
+        """``path``, if some of its chunks are here, and the rest can be had by the chunk."""
+        if path not in self._open and not self._partials.is_begun(path):
+            return None
+        found = await self.find(path)
+        return None if found is None or found.is_empty else found
+
+    async def give_up(self, chunked: ChunkedPath, error: FusesnapError) -> None:
+        """A chunk could not be had: fetch the path whole for a while. What was shown stays what it is."""
+        path = chunked.path
+        log.warning("%s: is fetched whole: %s", path, error)
+        self._whole_until[path] = trio.current_time() + WHOLE_FOR
+        await self._report(path, error)
+        if chunked.is_idle and self._open.get(path) is chunked:
+            del self._open[path]
+            chunked.close()
+
+    async def committed(self, path: StorePath) -> None:
+        """The path is in the store: its parts are not needed any more."""
+        self._whole_until.pop(path, None)
+        chunked = self._open.pop(path, None)
+        if chunked is None and not self._partials.is_begun(path):
+            return
+        if chunked is not None:
+            chunked.close()
+        await trio.to_thread.run_sync(self._partials.remove, path)
+
+    # ------------------------------------------------------------ private
+
+    @asynccontextmanager
+    async def _alone(self, path: StorePath) -> AsyncIterator[None]:
+        event = self._finding[path] = trio.Event()
+        try:
+            yield
+        finally:
+            del self._finding[path]
+            event.set()
+
+    async def _find(self, path: StorePath) -> ChunkedPath | None:
+        pin = self._store.pinned(path)
+        if pin is None or not self._is_indexed(pin.info):
+            return None
+        try:
+            return await self._saved(pin) or await self._offered(path)
+        except FusesnapError as error:
+            log.warning("%s: is fetched whole: %s", path, error)
+            self._whole_until[path] = trio.current_time() + WHOLE_FOR
+            return None
+
+    def _is_indexed(self, info: NarInfo) -> bool:
+        """Whether there is an index that a trusted key may have signed."""
+        reference = _reference(info)
+        return reference is not None and bool(self._keys.named(reference.key_name))
+
+    async def _saved(self, pin: Pin) -> ChunkedPath | None:
+        """By the index that is here from an earlier time; no cache is asked."""
+        path = pin.info.store_path
+        data = await trio.to_thread.run_sync(self._partials.index, path)
+        if data is None:
+            return None
+        try:
+            index = await self._parse(data)
+            index.check_matches(pin.info)
+        except (InvalidData, UntrustedPath) as error:
+            log.warning("%s: the index that is here is of no use any more: %s", path, error)
+            return None
+        return await self._opened(pin, index, data)
+
+    async def _offered(self, path: StorePath) -> ChunkedPath | None:
+        """By the index that the cache has which is asked first; raises what is wrong with it."""
+        offer = await self._pool.find(path)
+        url, reference = offer.substituter.url, _reference(offer.narinfo)
+        if reference is None or not self._is_indexed(offer.narinfo):
+            return None
+        if self._no_parts_until.get(url, 0.0) > trio.current_time():
+            return None
+        pin = await self.acceptance.pin(offer)
+        data = await offer.substituter.small_file(
+            reference.url, min(reference.size, MAX_INDEX_SIZE)
+        )
+        try:
+            index = await self._parse(data)
+            index.check_matches(offer.narinfo)
+        except (InvalidData, UntrustedPath) as error:
+            raise type(error)(f"{url}: {error}") from None
+        return await self._opened(pin, index, data)
+
+    async def _parse(self, data: bytes) -> NarIndex:
+        return await trio.to_thread.run_sync(
+            parse_nar_index, data, self._keys, self._store.store_dir
+        )
+
+    async def _opened(self, pin: Pin, index: NarIndex, data: bytes) -> ChunkedPath:
+        nar = await trio.to_thread.run_sync(self._partials.open, pin, data, index.chunks)
+        offers = _Offers(self._pool, pin)
+        return ChunkedPath(pin, index, nar, offers.find, self._link, self._nursery, self._stall)
+
+    def _keep(self, path: StorePath, found: ChunkedPath) -> None:
+        self._open[path] = found
+        for old in [each for each in self._open.values() if each.is_idle]:
+            if len(self._open) <= OPEN_AT_MOST or old is found:
+                break
+            del self._open[old.path]
+            old.close()
+
+    async def _report(self, path: StorePath, error: FusesnapError) -> None:
+        try:
+            offer = await self._pool.find(path)
+        except FusesnapError:
+            return
+        if isinstance(error, PartsUnsupported):
+            self._no_parts_until[offer.substituter.url] = trio.current_time() + NO_PARTS_FOR
+        elif isinstance(error, InvalidData | PathNotFound):
+            await self._pool.report_bad(offer, error)
+
+
+class _Offers:
+    """Who has the NAR of one pin: asked for once, when the first chunk is."""
+
+    def __init__(self, pool: SubstituterPool, pin: Pin) -> None:
+        self._pool = pool
+        self._pin = pin
+        self._offer: Offer | None = None
+
+    async def find(self) -> Offer:
+        if self._offer is None:
+            offer = await self._pool.find(self._pin.info.store_path)
+            if offer.narinfo.nar_hash != self._pin.info.nar_hash:
+                raise InvalidData(
+                    f"{offer.substituter.url}: {self._pin.info.store_path}: offers a NAR that hashes to"
+                    f" {offer.narinfo.nar_hash}, but the path is in use as {self._pin.info.nar_hash}"
+                )
+            self._offer = offer
+        return self._offer
+
+
+def _reference(info: NarInfo) -> IndexReference | None:
+    try:
+        return IndexReference.of(info)
+    except InvalidData as error:
+        log.warning("%s: has no index: %s", info.store_path, error)
+        return None
