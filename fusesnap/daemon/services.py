@@ -45,6 +45,7 @@ from fusesnap.services.nix_images import NAMESPACE, PulledImages
 from fusesnap.services.server import serve
 from fusesnap.snapshots.comparison import Comparer
 from fusesnap.snapshots.farms import Farms
+from fusesnap.snapshots.making_room import SnapshotsWithRoom
 from fusesnap.snapshots.metastore import Metastore
 from fusesnap.snapshots.overlay import OverlayOptions
 from fusesnap.snapshots.snapshotter import Snapshotter
@@ -142,7 +143,8 @@ def observe(node: Node, snapshotter: Snapshotter, nursery: trio.Nursery) -> Obse
         with metastore.reading() as transaction:
             return frozenset(transaction.chain(name).paths)
 
-    return ObservedSnapshots(snapshotter, node.telemetry, time.time, paths_of, str(root), nursery)
+    snapshots = SnapshotsWithRoom(snapshotter, node.store.room)
+    return ObservedSnapshots(snapshots, node.telemetry, time.time, paths_of, str(root), nursery)
 
 
 def build_images(node: Node, containerd: ContainerdCalls, nursery: trio.Nursery) -> PulledImages:

@@ -102,8 +102,8 @@ class Collection:
         self._target = target
         self._store_dir = store_dir
         self._lock = lock
-        self._ballast = Ballast(target.layout.ballast)
-        self._ballast.restore()
+        self.ballast = Ballast(target.layout.ballast)
+        self.ballast.restore()
         self._sizes: dict[
             int, int
         ] = {}  # of paths whose size is not in the database yet, by ordinal
@@ -145,12 +145,12 @@ class Collection:
         try:
             return self._collect(wanted, show)
         except StorageFailure as error:
-            if error.errno not in _FULL or not self._ballast.release():
+            if error.errno not in _FULL or not self.ballast.release():
                 raise
         try:
             return self._collect(wanted, show)
         finally:
-            self._ballast.restore()
+            self.ballast.restore()
 
     def _collect(self, wanted: int | None, show: Callable[[Collected], None]) -> Collected:
         self.measure()

@@ -119,6 +119,14 @@ class Room:
         with self._turn:
             return self._collection.collect(space_for(nar_size), lambda _: None)
 
+    def drop_ballast(self) -> bool:
+        """Give the ballast's room away, to something that frees more; returns whether there was any."""
+        return self._collection.ballast.release()
+
+    def restore_ballast(self) -> None:
+        """Take the ballast's room again, if it is there."""
+        self._collection.ballast.restore()
+
     def close(self) -> None:
         """Give everything back."""
         with self._turn:
