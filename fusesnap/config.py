@@ -151,6 +151,17 @@ class MetricsAddress:
         return f"{host}:{self.port}"
 
 
+class PreloadList(BaseModel):
+    """Table ``[preload]``: what the daemon fetches when it starts."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    paths: list[str] = Field(
+        default_factory=list,
+        description="store paths, references to them (nix:0/nix/store/...), and images that containerd has",
+    )
+
+
 class Traces(BaseModel):
     """Table ``[traces]``: what is done about the order in which an image's start reads its store paths."""
 
@@ -248,6 +259,7 @@ class Settings(BaseModel):
     fetch: Fetch = Field(default_factory=Fetch)
     store: Store = Field(default_factory=Store)
     builder: BuilderCommand = Field(default_factory=BuilderCommand)
+    preload: PreloadList = Field(default_factory=PreloadList)
     traces: Traces = Field(default_factory=Traces)
 
     @field_validator("spans")
@@ -373,6 +385,7 @@ def _explain(source: str, problem: Any) -> str:
 _TABLES: Final[dict[str, type[BaseModel]]] = {
     "builder": BuilderCommand,
     "fetch": Fetch,
+    "preload": PreloadList,
     "store": Store,
     "traces": Traces,
 }

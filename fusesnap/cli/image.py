@@ -267,6 +267,65 @@ def push(
 
 @image.command()
 @click.argument("name", metavar="IMAGE")
+@click.argument("reference", required=False, metavar="[NAME]")
+@architecture
+@click.option(
+    "-n",
+    "--namespace",
+    default="default",
+    show_default=True,
+    metavar="NAME",
+    help="containerd's namespace; k8s.io for Kubernetes.",
+)
+@click.option(
+    "--containerd-address",
+    type=click.Path(path_type=Path),
+    metavar="SOCKET",
+    help="containerd's socket. Default: containerd-address of --config, else /run/containerd/containerd.sock",
+)
+@click.option(
+    "--address",
+    type=click.Path(path_type=Path),
+    metavar="SOCKET",
+    help="The daemon's socket. Default: address of --config, else fusesnap.sock in the state directory",
+)
+@options.state
+@options.fetching
+def load(
+    name: str,
+    reference: str | None,
+    arch: str | None,
+    namespace: str,
+    containerd_address: Path | None,
+    address: Path | None,
+    **fetching: Any,
+) -> None:
+    """Load IMAGE into containerd, where `fusesnap daemon` serves snapshots, and unpack it.
+
+    It is called NAME there, else as IMAGE itself says.
+
+    \b
+    fusesnap image load redis.tar
+    ctr run --rm --snapshotter fusesnap registry.example.org/redis:7 r1
+    """
+    import trio  # noqa: PLC0415
+
+    from fusesnap.cli.progress import LiveLine  # noqa: PLC0415
+    from fusesnap.daemon.image_load import LoadOrder, load_image  # noqa: PLC0415
+    from fusesnap.registry.reference import parse_registry_reference  # noqa: PLC0415
+
+    for key, place in (("containerd_address", containerd_address), ("address", address)):
+        fetching[key] = None if place is None else str(place.absolute())
+    settings = settings_of(fetching)
+    full = str(parse_registry_reference(reference if reference is not None else own_name(name)))
+    order = LoadOrder(name, full, namespace, platform_of(arch))
+    with LiveLine() as line:
+        digest = trio.run(load_image, settings, order, line.update)
+    click.echo(f"{full}@{digest} is in namespace {namespace}")
+
+
+@image.command()
+@click.argument("name", metavar="IMAGE")
 @architecture
 @click.option("--json", "as_json", is_flag=True, help="For scripts: one JSON object.")
 @options.state

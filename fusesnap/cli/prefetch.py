@@ -10,7 +10,7 @@ from fusesnap.cli import options
 
 
 @click.command()
-@click.argument("paths", nargs=-1, required=True, metavar="PATH...")
+@click.argument("paths", nargs=-1, required=True, metavar="PATH|IMAGE...")
 @click.option(
     "--state",
     type=click.Path(path_type=Path),
@@ -27,9 +27,15 @@ def prefetch(
     trusted_public_keys: tuple[str, ...],
     store_dir: str | None,
 ) -> None:
-    """Realise store paths with all that they reference, before somebody needs them.
+    """Realise store paths with all that they reference, and the closures of images, before somebody needs them.
 
     Containers that start when their closure is complete run without FUSE and ask no cache.
+
+    \b
+    An IMAGE is one of
+      nix:0/nix/store/<hash>-…       a store path, as Kubernetes is told it
+      FILE or DIR                    an archive or a layout, see `fusesnap image --help`
+      registry.example.org/redis:7   an image that containerd has
     """
     import trio  # noqa: PLC0415
 

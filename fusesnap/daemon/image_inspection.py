@@ -5,28 +5,19 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any
 
 import trio
 
 from fusesnap.config import Settings
 from fusesnap.daemon.build import Node, open_node, plain_errors
+from fusesnap.daemon.image_paths import paths_of_layer
 from fusesnap.daemon.image_sources import opened
-from fusesnap.daemon.path_source import LocalPathSource
 from fusesnap.daemon.watching import Watch, draw
 from fusesnap.errors import FusesnapError
-from fusesnap.images.blobs import spooled
-from fusesnap.images.layer import LayerTar
-from fusesnap.images.layout import ImageLayer
-from fusesnap.images.nix_layer import Held, recognise
 from fusesnap.images.opening import OpenImage
 from fusesnap.images.platform import Platform
-from fusesnap.images.uncompressed import uncompressed
 from fusesnap.nix.store_path import StorePath
-from fusesnap.snapshots.nix_layer import NixLayers
-
-# A layer of nothing but placeholders, of the largest closure that is taken, has less when it is compressed.
-MAX_LOOKED_INTO: Final = 8 * 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +46,7 @@ async def inspect_image(
 
 
 async def _report(node: Node, image: OpenImage) -> dict[str, Any]:
-    layers = [(layer, await _paths_of(node, image, layer)) for layer in image.image.layers]
+    layers = [(layer, await paths_of_layer(node, image, layer)) for layer in image.image.layers]
     closure = sorted({path for _, paths in layers for path in paths})
     places = await _places(node, closure)
     missing = [place for place in places.values() if not place.present]
@@ -89,32 +80,6 @@ async def _report(node: Node, image: OpenImage) -> dict[str, Any]:
         "missing_file_size": sum(place.file_size or 0 for place in missing),
         "unavailable": sum(place.error is not None for place in missing),
     }
-
-
-async def _paths_of(node: Node, image: OpenImage, layer: ImageLayer) -> Sequence[StorePath]:
-    # What nobody has is said of each path, so none is admitted here; a list's own path is fetched.
-    nix_layers = NixLayers(
-        node.store,
-        LocalPathSource(node.realiser),
-        node.store_dir,
-        by_content=node.settings.recognise_by_content,
-    )
-    named = await nix_layers.named(layer.annotations)
-    if named or not node.settings.recognise_by_content or layer.size > MAX_LOOKED_INTO:
-        return named
-    return await trio.to_thread.run_sync(_recognised, node, image, layer)
-
-
-def _recognised(node: Node, image: OpenImage, layer: ImageLayer) -> Sequence[StorePath]:
-    name = str(layer)
-    pieces = uncompressed(image.blob(layer), name)
-    with LayerTar(spooled(pieces, name, node.settings.root), layer.diff_id, name) as tar:
-        held = [
-            Held(entry.path, None if entry.hard_link else entry.kind, entry.size)
-            for entry in tar.entries()
-        ]
-    found = recognise(held, node.store_dir) or ()
-    return [placeholder.path for placeholder in found]
 
 
 async def _places(node: Node, paths: Sequence[StorePath]) -> dict[StorePath, _Place]:

@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import trio
 
 from fusesnap.config import Settings
 from fusesnap.daemon.build import Node, open_node, plain_errors
-from fusesnap.errors import ClosureUnavailable, FusesnapError
+from fusesnap.daemon.image_paths import paths_of_image, paths_of_labels
+from fusesnap.daemon.image_sources import is_in_store, local_image, opened, store_path
+from fusesnap.errors import ClosureUnavailable, FusesnapError, InvalidArgument
+from fusesnap.fetch.priority import Priority
+from fusesnap.images.platform import Platform
+from fusesnap.images.store_images import StoreImages
 from fusesnap.nix.store_path import StorePath
+from fusesnap.registry.reference import parse_registry_reference
+from fusesnap.services.containerd_client import open_channel
+from fusesnap.services.image_reader import ImageReader
 
 # How often a person's picture of the progress is drawn anew, in seconds.
 TICK = 0.1
+
+Realise = Callable[[StorePath], Awaitable[object]]
+Show = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,20 +37,87 @@ class Prefetched:
     nar_bytes: int
     fetched: int
 
+    def and_then(self, more: Prefetched) -> Prefetched:
+        """This and ``more``, which are other paths."""
+        return Prefetched(
+            self.paths + more.paths, self.nar_bytes + more.nar_bytes, self.fetched + more.fetched
+        )
 
-async def prefetch_closures(
-    settings: Settings, roots: Sequence[str], show: Callable[[str, int, int], None]
-) -> Prefetched:
-    """Realise ``roots`` with all that they reference.
 
-    ``show`` is called now and then with what is being done, the bytes of NARs that are there, and of all. Raises
-    ``InvalidData`` for what is no store path, ``ClosureUnavailable`` for what cannot be had; the rest is there then.
-    """
+async def prefetch_closures(settings: Settings, names: Sequence[str], show: Show) -> Prefetched:
+    """Realise all that ``names`` stand for: see :func:`prefetch`. ``show`` is called now and then."""
     with plain_errors():
         async with open_node(settings) as node:
-            closure = await closure_of(node, [node.store_dir.parse(root) for root in roots])
-            return await realise_all(node, closure, show)
+            realise = partial(node.realiser.realise, priority=Priority.PREFETCH)
+            return await prefetch(node, names, show, realise)
     raise AssertionError("unreachable: a block that raises nothing returned")
+
+
+async def prefetch(node: Node, names: Sequence[str], show: Show, realise: Realise) -> Prefetched:
+    """Have all that ``names`` stand for realised by ``realise``; none of it is collected before this process ends.
+
+    A name is a store path or a reference to one, for what that references, and for what its layers stand for if it is
+    an image; or an image on disk, or one that containerd has. ``show`` is told what is being done, the bytes of NARs
+    that are there, and of all. Raises InvalidArgument and InvalidData for what is none of them, ClosureUnavailable for
+    what cannot be had; the rest is there then.
+    """
+    found: dict[StorePath, None] = {}
+    roots: list[StorePath] = []
+    for name in names:
+        if is_in_store(node, name):
+            roots.append(await store_path(node, name))
+            found |= dict.fromkeys(await node.realiser.closure(roots[-1]))
+        else:
+            found |= dict.fromkeys(await _paths_of_layers(node, name))
+    done = await realise_all(node, list(found), show, realise)
+    more = [path for root in roots for path in await _paths_of_archive(node, root)]
+    more = [path for path in dict.fromkeys(more) if path not in found]
+    if not more:
+        return done
+    await _keep(node, more)
+    return done.and_then(await realise_all(node, more, show, realise))
+
+
+async def _paths_of_layers(node: Node, name: str) -> Sequence[StorePath]:
+    platform = Platform.of_machine(os.uname().machine)
+    if await trio.Path(local_image(name)[0]).exists():
+        async with opened(node, name, platform) as image:
+            paths = await paths_of_image(node, image)
+    else:
+        paths = await _paths_in_containerd(node, name, platform)
+    await _keep(node, paths)
+    return paths
+
+
+async def _paths_of_archive(node: Node, path: StorePath) -> Sequence[StorePath]:
+    """What the layers of an image in a store path stand for; nothing for a path that is no image."""
+    images = StoreImages(
+        node.store, node.realiser, Platform.of_machine(os.uname().machine), node.settings.root
+    )
+    if not await images.is_image(path):
+        return ()
+    async with images.open(path) as image:
+        return await paths_of_image(node, image)
+
+
+async def _paths_in_containerd(node: Node, name: str, platform: Platform) -> Sequence[StorePath]:
+    try:
+        full = str(parse_registry_reference(name))
+    except InvalidArgument:
+        raise InvalidArgument(
+            f"{name!r}: expected a store path, an image's file, or its name"
+        ) from None
+    with open_channel(node.settings.containerd_address) as channel:
+        layers = await ImageReader(channel, platform).layers(full)
+    paths = [path for labels in layers for path in await paths_of_labels(node, labels)]
+    if not paths:
+        raise InvalidArgument(f"{full}: no layer of it names store paths")
+    return paths
+
+
+async def _keep(node: Node, paths: Sequence[StorePath]) -> None:
+    await trio.to_thread.run_sync(node.store.roots.keep, paths)
+    await node.realiser.admit(paths)
 
 
 async def closure_of(node: Node, roots: Sequence[StorePath]) -> list[StorePath]:
@@ -49,9 +129,9 @@ async def closure_of(node: Node, roots: Sequence[StorePath]) -> list[StorePath]:
 
 
 async def realise_all(
-    node: Node, closure: Sequence[StorePath], show: Callable[[str, int, int], None]
+    node: Node, closure: Sequence[StorePath], show: Show, realise: Realise
 ) -> Prefetched:
-    """Realise every path of ``closure``; one that fails does not keep the others from it."""
+    """Have every path of ``closure`` realised by ``realise``; one that fails does not keep the others from it."""
     sizes = {
         path: pin.info.nar_size for path in closure if (pin := node.store.pinned(path)) is not None
     }
@@ -61,11 +141,11 @@ async def realise_all(
     # No more than are fetched at once: a path that waits for its turn would seem to make no progress.
     turns = trio.CapacityLimiter(node.settings.fetch.transfers)
 
-    async def realise(path: StorePath) -> None:
+    async def have(path: StorePath) -> None:
         nonlocal done
         try:
             async with turns:
-                await node.realiser.realise(path)
+                await realise(path)
             done += sizes[path]
         except FusesnapError as error:
             failures.append(error)
@@ -74,16 +154,14 @@ async def realise_all(
         drawing.start_soon(draw, node, lambda: done, sum(sizes.values()), show)
         async with trio.open_nursery() as nursery:
             for path in sorted(missing, key=sizes.__getitem__):
-                nursery.start_soon(realise, path)
+                nursery.start_soon(have, path)
         drawing.cancel_scope.cancel()
     if failures:
         raise ClosureUnavailable(failures)
     return Prefetched(len(closure), sum(sizes.values()), len(missing))
 
 
-async def draw(
-    node: Node, done: Callable[[], int], total: int, show: Callable[[str, int, int], None]
-) -> None:
+async def draw(node: Node, done: Callable[[], int], total: int, show: Show) -> None:
     """Show the progress until cancelled."""
     while True:
         flights = [flight for flight in node.realiser.flights() if flight.cache is not None]

@@ -24,6 +24,7 @@ from fusesnap.daemon.containerd_block import NAME
 from fusesnap.daemon.lazy_layer import WorkerMount
 from fusesnap.daemon.logs import explained, log_to_stderr
 from fusesnap.daemon.path_source import HintingPathSource
+from fusesnap.daemon.preload import Preload
 from fusesnap.daemon.signals import stop_on_signal
 from fusesnap.daemon.telemetry.exposition import serve_metrics
 from fusesnap.daemon.telemetry.picture import gather
@@ -85,6 +86,9 @@ async def run(settings: Settings, ready: int) -> None:
             os.close(ready)
             await snapshotter.remove_leftovers()
             nursery.start_soon(collector.run)
+            if settings.preload.paths:
+                realise = build_source(node, nursery).realise
+                nursery.start_soon(Preload(node, settings.preload.paths, realise).run)
             if settings.fetch.complete:
                 nursery.start_soon(build_completion(node, nursery).run)
             if settings.metrics is not None:

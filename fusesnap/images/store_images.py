@@ -54,6 +54,11 @@ class StoreImages:
         reference.check(path)
         return path
 
+    async def is_image(self, path: StorePath) -> bool:
+        """Fetch ``path``, and say whether it is to be read as an image, rather than as a package."""
+        tree = await self._realiser.realise(path)
+        return await trio.to_thread.run_sync(_is_image, tree, self._store.location(path))
+
     @asynccontextmanager
     async def open(self, path: StorePath, digest: Digest | None = None) -> AsyncIterator[OpenImage]:
         """Fetch ``path``, and open it as the image that it is, or make the image of the package that it is.

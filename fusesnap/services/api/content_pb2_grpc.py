@@ -35,6 +35,11 @@ class ContentStub:
         Args:
             channel: A grpc.Channel.
         """
+        self.Read = channel.unary_stream(
+                '/containerd.services.content.v1.Content/Read',
+                request_serializer=fusesnap_dot_services_dot_api_dot_content__pb2.ReadContentRequest.SerializeToString,
+                response_deserializer=fusesnap_dot_services_dot_api_dot_content__pb2.ReadContentResponse.FromString,
+                _registered_method=True)
         self.Info = channel.unary_unary(
                 '/containerd.services.content.v1.Content/Info',
                 request_serializer=fusesnap_dot_services_dot_api_dot_content__pb2.InfoRequest.SerializeToString,
@@ -59,6 +64,12 @@ class ContentStub:
 
 class ContentServicer:
     """Missing associated documentation comment in .proto file."""
+
+    def Read(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
 
     def Info(self, request, context):
         """Missing associated documentation comment in .proto file."""
@@ -89,6 +100,11 @@ class ContentServicer:
 
 def add_ContentServicer_to_server(servicer, server):
     rpc_method_handlers = {
+            'Read': grpc.unary_stream_rpc_method_handler(
+                    servicer.Read,
+                    request_deserializer=fusesnap_dot_services_dot_api_dot_content__pb2.ReadContentRequest.FromString,
+                    response_serializer=fusesnap_dot_services_dot_api_dot_content__pb2.ReadContentResponse.SerializeToString,
+            ),
             'Info': grpc.unary_unary_rpc_method_handler(
                     servicer.Info,
                     request_deserializer=fusesnap_dot_services_dot_api_dot_content__pb2.InfoRequest.FromString,
@@ -119,6 +135,33 @@ def add_ContentServicer_to_server(servicer, server):
  # This class is part of an EXPERIMENTAL API.
 class Content:
     """Missing associated documentation comment in .proto file."""
+
+    @staticmethod
+    def Read(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/containerd.services.content.v1.Content/Read',
+            fusesnap_dot_services_dot_api_dot_content__pb2.ReadContentRequest.SerializeToString,
+            fusesnap_dot_services_dot_api_dot_content__pb2.ReadContentResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
 
     @staticmethod
     def Info(request,

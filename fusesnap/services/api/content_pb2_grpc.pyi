@@ -32,6 +32,7 @@ class ContentStub:
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> ContentAsyncStub: ...
+    Read: _grpc.UnaryStreamMultiCallable[_content_pb2.ReadContentRequest, _content_pb2.ReadContentResponse]
     Info: _grpc.UnaryUnaryMultiCallable[_content_pb2.InfoRequest, _content_pb2.InfoResponse]
     Update: _grpc.UnaryUnaryMultiCallable[_content_pb2.UpdateRequest, _content_pb2.UpdateResponse]
     Write: _grpc.StreamStreamMultiCallable[_content_pb2.WriteContentRequest, _content_pb2.WriteContentResponse]
@@ -42,6 +43,7 @@ class ContentStub:
 @_typing.type_check_only
 class ContentAsyncStub(ContentStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
+    Read: _aio.UnaryStreamMultiCallable[_content_pb2.ReadContentRequest, _content_pb2.ReadContentResponse]  # type: ignore[assignment]
     Info: _aio.UnaryUnaryMultiCallable[_content_pb2.InfoRequest, _content_pb2.InfoResponse]  # type: ignore[assignment]
     Update: _aio.UnaryUnaryMultiCallable[_content_pb2.UpdateRequest, _content_pb2.UpdateResponse]  # type: ignore[assignment]
     Write: _aio.StreamStreamMultiCallable[_content_pb2.WriteContentRequest, _content_pb2.WriteContentResponse]  # type: ignore[assignment]
@@ -50,6 +52,13 @@ class ContentAsyncStub(ContentStub):
     """Forget an upload."""
 
 class ContentServicer(metaclass=_abc_1.ABCMeta):
+    @_abc_1.abstractmethod
+    def Read(
+        self,
+        request: _content_pb2.ReadContentRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_content_pb2.ReadContentResponse], _abc.AsyncIterator[_content_pb2.ReadContentResponse]]: ...
+
     @_abc_1.abstractmethod
     def Info(
         self,
