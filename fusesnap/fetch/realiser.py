@@ -35,6 +35,7 @@ from fusesnap.nix.tree import Tree
 from fusesnap.store.local_store import LocalStore, Pin
 from fusesnap.store.room import is_full
 from fusesnap.substituter.pool import Offer, SubstituterPool
+from fusesnap.substituter.retry import CannotContinue
 
 log = logging.getLogger(__name__)
 
@@ -356,8 +357,10 @@ class Realiser:
             except (Unavailable, PathNotFound, InvalidData, UntrustedPath) as error:
                 log.warning("%s: %s: %s", offer.substituter.url, flight.path, error)
                 await self._pool.report_bad(offer, error)
-                if isinstance(error, PathNotFound) and offer.substituter.url not in forgotten:
-                    # Its narinfo may have been remembered, and name a file that has another name by now.
+                anew = isinstance(error, PathNotFound | CannotContinue)
+                if anew and offer.substituter.url not in forgotten:
+                    # Its narinfo may have been remembered, and name a file that has another name by now; or the file
+                    # can only be had from its start.
                     forgotten.add(offer.substituter.url)
                 else:
                     failures[offer.substituter.url] = error

@@ -26,7 +26,13 @@ from fusesnap.substituter.base import CACHE_INFO_NAME, DEFAULT_STORE_DIR, Bookma
 from fusesnap.substituter.body import disregard, pieces_of, read_body
 from fusesnap.substituter.credentials import Secrets
 from fusesnap.substituter.part import PartTransfer
-from fusesnap.substituter.retry import DEFAULT_RETRIES, Refusal, Retries, RetryPolicy
+from fusesnap.substituter.retry import (
+    DEFAULT_RETRIES,
+    CannotContinue,
+    Refusal,
+    Retries,
+    RetryPolicy,
+)
 from fusesnap.substituter.transfer import Transfer
 from fusesnap.substituter.transport import status_error, translated
 
@@ -283,7 +289,7 @@ async def _pause(error: Unavailable, transfer: Transfer | PartTransfer, retries:
     if transfer.ended:
         return
     if not transfer.can_continue:
-        raise error
+        raise CannotContinue(f"{error}; it does not send the rest alone") from error
     if transfer.take_progress():
         retries.progressed()
     await retries.wait(error)

@@ -26,7 +26,7 @@ from fusesnap.substituter.breaker import DEFAULT_BREAKER, BreakerPolicy
 from fusesnap.substituter.lookup import Lookup
 from fusesnap.substituter.narinfo_cache import NarInfoCache
 from fusesnap.substituter.patience import DEFAULT_PATIENCE, Patience, PatientSubstituter, Traffic
-from fusesnap.substituter.retry import RetryPolicy, may_mend
+from fusesnap.substituter.retry import CannotContinue, RetryPolicy, may_mend
 from fusesnap.substituter.watched import FAILURE_MEMORY, CacheState, WatchedSubstituter
 
 __all__ = ["CacheState", "Offer", "SubstituterPool"]
@@ -138,7 +138,8 @@ class SubstituterPool:
         Its narinfo is forgotten, and its cache is asked last for a while, except where nothing but
         the one file was missing.
         """
-        self._narinfo_cache.forget(offer.substituter.url, offer.narinfo.store_path)
+        if not isinstance(error, CannotContinue):  # says nothing of what was offered
+            self._narinfo_cache.forget(offer.substituter.url, offer.narinfo.store_path)
         for watched in self._watched:
             if watched.url == offer.substituter.url:
                 _note_bad_offer(watched, error)

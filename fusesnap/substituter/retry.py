@@ -24,6 +24,10 @@ class Refusal(Unavailable):
     """
 
 
+class CannotContinue(Refusal):
+    """What has come of a file is lost, because its rest cannot be had alone. From its start it may be had."""
+
+
 class PartsUnsupported(Refusal):
     """The cache sends this file whole or not at all. It has it, and is as good a cache as any other."""
 

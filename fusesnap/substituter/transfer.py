@@ -16,7 +16,7 @@ from fusesnap.errors import Unavailable
 from fusesnap.nix.narinfo import NarInfo
 from fusesnap.substituter.answers import FileLength
 from fusesnap.substituter.base import Bookmark
-from fusesnap.substituter.retry import Refusal
+from fusesnap.substituter.retry import CannotContinue, Refusal
 from fusesnap.substituter.transport import status_error
 
 # An attempt that brings less than this counts as one that brought nothing: a link that breaks after
@@ -101,7 +101,7 @@ class Transfer:
         """A file that vanishes, or refuses its rest, while it is read was there all the same."""
         if not self._length.received or isinstance(error, Unavailable):
             return error
-        return Refusal(f"{error}, after {self._length.received} bytes")
+        return CannotContinue(f"{error}, after {self._length.received} bytes")
 
     def _start(self, response: httpx.Response) -> None:
         if response.status_code != HTTPStatus.OK:
@@ -116,7 +116,7 @@ class Transfer:
     def _continue(self, response: httpx.Response) -> None:
         received = self._length.received
         if response.status_code != HTTPStatus.PARTIAL_CONTENT:
-            raise Refusal(
+            raise CannotContinue(
                 f"{self._where}: cannot be continued after {received} bytes: status"
                 f" {response.status_code}, expected 206"
             )
@@ -125,7 +125,9 @@ class Transfer:
         exact = self._length.exact
         if match is None or int(match[1]) != received or not _same_end(match, exact):
             rest = f"{received}-{'*' if exact is None else exact - 1}/{exact or '*'}"
-            raise Refusal(f"{self._where}: Content-Range is {text[:80]!r}, expected 'bytes {rest}'")
+            raise CannotContinue(
+                f"{self._where}: Content-Range is {text[:80]!r}, expected 'bytes {rest}'"
+            )
         self._bookmark.resumable = True
 
 

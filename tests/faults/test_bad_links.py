@@ -77,6 +77,22 @@ async def test_a_link_that_comes_back_carries_only_what_is_missing(
     assert last.size == len(LARGE.file) - had
 
 
+async def test_where_the_rest_cannot_be_had_alone_the_path_is_begun_anew(
+    make_node: MakeNode, caches: BadCaches, nursery: trio.Nursery
+) -> None:
+    way = await carried(nursery, FAST, caches.port)
+    async with make_node(caches.url("without-ranges", way.port)) as node:
+        async with trio.open_nursery() as reading:
+            reading.start_soon(node.realiser.realise, LARGE.path)
+            await until(lambda: received(node) > HALF)
+            way.link.cut()
+            connections = way.traffic.connections
+            await until(lambda: way.traffic.connections >= connections + 2)
+            way.link.mend()
+        assert node.store.is_committed(LARGE.path)
+    assert {request.status for request in caches.nars("without-ranges")} == {200}
+
+
 async def test_a_link_that_is_down_for_good_is_given_up_and_noticed_when_it_is_back(
     make_node: MakeNode, caches: BadCaches, nursery: trio.Nursery
 ) -> None:

@@ -14,7 +14,7 @@ from fusesnap.errors import (
     Unavailable,
 )
 from fusesnap.substituter.http import HttpSubstituter
-from fusesnap.substituter.retry import Refusal, Throttled
+from fusesnap.substituter.retry import CannotContinue, Refusal, Throttled
 from fusesnap.substituter.transfer import PROGRESS
 from tests.substituter.exchanges import BIG, NAR, NARINFO, MakeCache, failure, read, rest
 from tests.substituter.samples import CACHE_INFO
@@ -135,7 +135,7 @@ async def test_server_that_takes_no_ranges_is_not_asked_for_one(
 ) -> None:
     headers = {"Accept-Ranges": "none"}
     server.on(NAR, Reply(200, BIG.file, headers, stop_at=100_000))
-    await failure(lambda: read(cache(), BIG.info), Unavailable)
+    await failure(lambda: read(cache(), BIG.info), CannotContinue)
     assert len(server.requests) == 1
 
 
