@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import mmap
 import os
 import subprocess
@@ -342,3 +343,25 @@ def test_a_machine_without_fuse_is_told_what_to_do(
     done = run_unchecked(["unshare", "--mount", "sh", "-c", f'{hide} && exec "$@"', "sh", *mount])
     assert done.returncode == 69
     assert "/dev/fuse is not there" in done.stderr
+
+
+def test_on_a_full_disk_a_reader_is_told_so_and_others_go_on(
+    cache: HttpCache, simple: SimpleClosure, key: SigningKey, tmp_path: Path
+) -> None:
+    disk, view = tmp_path / "disk", tmp_path / "m"
+    disk.mkdir()
+    run(["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", disk])
+    try:
+        with mounted(simple.root, view, [cache.url], [key.public], disk / "s") as service:
+            large = view / simple.large.lstrip("/") / "data"
+            script = view / simple.script.lstrip("/")
+            for _ in range(2):
+                with pytest.raises(OSError, match="No space left on device") as caught:
+                    large.read_bytes()
+                assert caught.value.errno == errno.ENOSPC
+                assert b"hello" in script.read_bytes()
+            assert simple.large.rpartition("/")[2] in service.log_text()
+            run(["mount", "-o", "remount,size=40m", disk])
+            assert len(large.read_bytes()) == 5_000_000
+    finally:
+        run(["umount", disk])
