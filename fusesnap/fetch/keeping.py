@@ -15,14 +15,16 @@ from fusesnap.store.roots import Roots
 async def keeping(
     roots: Roots, paths: Iterable[StorePath]
 ) -> AsyncIterator[Callable[[Iterable[StorePath]], None]]:
-    """Keep ``paths`` from every collector meanwhile. In threads: a collector may have to be waited for.
+    """Keep ``paths`` from every collector meanwhile. In threads, where a collector may have to be waited for.
 
     What this gives keeps more paths for as long; it is to be called in a thread too.
     """
-    kept = roots.keeping(paths)
-    keep = await trio.to_thread.run_sync(kept.__enter__)
+    lease, paths = roots.lease(), tuple(paths)
+    if not lease.keep_at_once(paths):
+        await trio.to_thread.run_sync(lease.keep, paths)
     try:
-        yield keep
+        yield lease.keep
     finally:
-        with trio.CancelScope(shield=True):  # short, and owed
-            await trio.to_thread.run_sync(kept.__exit__, None, None, None)
+        if not lease.end_at_once():
+            with trio.CancelScope(shield=True):  # short, and owed
+                await trio.to_thread.run_sync(lease.end)

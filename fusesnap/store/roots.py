@@ -97,16 +97,16 @@ class Roots:
         self, paths: Iterable[StorePath]
     ) -> Iterator[Callable[[Iterable[StorePath]], None]]:
         """Keep ``paths`` meanwhile, and what the function is called with that this gives."""
-        owner = secrets.token_hex(8)
-
-        def keep(more: Iterable[StorePath]) -> None:
-            self._temporary.hold(owner, (path.base_name for path in more))
-
-        keep(paths)
+        lease = self.lease()
+        lease.keep(paths)
         try:
-            yield keep
+            yield lease.keep
         finally:
-            self._temporary.drop(owner)
+            lease.end()
+
+    def lease(self) -> Lease:
+        """Something that keeps paths, none yet."""
+        return Lease(self._temporary)
 
     def _set_aside(self, name: str) -> None:
         aside = self._aside()
@@ -116,6 +116,30 @@ class Roots:
 
     def _aside(self) -> Path:
         return self._directory / f"{_UNFINISHED}{secrets.token_hex(8)}"
+
+
+class Lease:
+    """Keeps paths until it ends. Methods may wait for a collector, but for those whose name says that they do not."""
+
+    def __init__(self, temporary: TemporaryRoots) -> None:
+        self._temporary = temporary
+        self._owner = secrets.token_hex(8)
+
+    def keep(self, paths: Iterable[StorePath]) -> None:
+        """Keep ``paths`` too. Raises :class:`StorageFailure`."""
+        self._temporary.hold(self._owner, (path.base_name for path in paths))
+
+    def end(self) -> None:
+        """Let go of them. Raises :class:`StorageFailure`."""
+        self._temporary.drop(self._owner)
+
+    def keep_at_once(self, paths: Iterable[StorePath]) -> bool:
+        """As :meth:`keep`, the first time, where others of this process keep them anyway; tell whether it was done."""
+        return self._temporary.hold_with_others(self._owner, [path.base_name for path in paths])
+
+    def end_at_once(self) -> bool:
+        """As :meth:`end`, where others of this process keep the same anyway; tell whether it was done."""
+        return self._temporary.drop_with_others(self._owner)
 
 
 def read_permanent_roots(nix_state: Path, store_dir: StoreDir) -> set[str]:

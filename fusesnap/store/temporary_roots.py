@@ -55,12 +55,43 @@ class TemporaryRoots:
             self._owners[owner] = before | added
             self._held.update(added)
 
+    def hold_with_others(self, owner: str, base_names: Iterable[str]) -> bool:
+        """As :meth:`hold` for a new owner, if that can be done without waiting, because others hold them; else nothing.
+
+        Return whether it was done.
+        """
+        if not self._turn.acquire(blocking=False):
+            return False
+        try:
+            names = frozenset(base_names)
+            held = all(map(self._held.__contains__, names))
+            if held:
+                self._owners[owner] = names
+                self._held.update(names)
+            return held
+        finally:
+            self._turn.release()
+
+    def drop_with_others(self, owner: str) -> bool:
+        """As :meth:`drop`, if that can be done without waiting, because others hold the same; else nothing.
+
+        Return whether it was done.
+        """
+        if not self._turn.acquire(blocking=False):
+            return False
+        try:
+            names = self._owners.get(owner, frozenset())
+            held = all(self._held[name] > 1 for name in names)
+            if held:
+                self._forget(owner)
+            return held
+        finally:
+            self._turn.release()
+
     def drop(self, owner: str) -> None:
         """Let go of what ``owner`` holds and nobody else does."""
         with self._turn:
-            names = self._owners.pop(owner, frozenset())
-            self._held.subtract(names)
-            self._held = +self._held
+            names = self._forget(owner)
             if any(name not in self._held for name in names):
                 with self._lock.rooting([]), storage("write", self._directory):
                     self._rewrite()
@@ -73,6 +104,14 @@ class TemporaryRoots:
                     self._file.unlink()
                 os.close(self._descriptor)
             self._file, self._descriptor = None, -1
+
+    def _forget(self, owner: str) -> frozenset[str]:
+        names = self._owners.pop(owner, frozenset())
+        for name in names:
+            self._held[name] -= 1
+            if not self._held[name]:
+                del self._held[name]
+        return names
 
     def _append(self, full_paths: Iterable[str]) -> None:
         if self._file is None:

@@ -84,6 +84,39 @@ def test_temporary_roots_last_as_long_as_one_owner_holds_them(
     assert list((nix_state / "temproots").iterdir()) == []
 
 
+def test_what_others_hold_is_held_and_dropped_at_once(
+    nix_state: Path, temporary: TemporaryRoots, make: Make
+) -> None:
+    """Nothing is written for it, so nobody is waited for; and it stays when the others let go."""
+    a, b = (make(name)[0].store_path.base_name for name in "ab")
+    assert not temporary.hold_with_others("late", [a])
+    temporary.hold("first", [a])
+    (file,) = (nix_state / "temproots").iterdir()
+    written = file.stat().st_mtime_ns
+    assert temporary.hold_with_others("late", [a])
+    assert not temporary.hold_with_others("both", [a, b])
+    temporary.hold("late", [])
+    assert file.stat().st_mtime_ns == written
+    temporary.drop("first")
+    assert read_temporary_roots(nix_state, StoreDir()) == {a}
+    assert not temporary.drop_with_others("late")
+    temporary.hold("again", [a])
+    assert temporary.drop_with_others("late")
+    assert read_temporary_roots(nix_state, StoreDir()) == {a}
+    temporary.drop("again")
+    assert read_temporary_roots(nix_state, StoreDir()) == set()
+
+
+def test_nobody_is_waited_for_who_waits_for_a_collector(
+    temporary: TemporaryRoots, make: Make
+) -> None:
+    name = make("a")[0].store_path.base_name
+    temporary.hold("one", [name])
+    with temporary._turn:
+        assert not temporary.hold_with_others("other", [name])
+        assert not temporary.drop_with_others("one")
+
+
 def test_two_stores_of_one_process_hold_their_own(nix_state: Path, make: Make) -> None:
     stores = [TemporaryRoots(nix_state, StoreDir(), CollectorLock(nix_state)) for _ in range(2)]
     a, b = name_of(make, "a"), name_of(make, "b")
