@@ -220,10 +220,11 @@ async def open_chunked_paths(
     return ChunkedPaths(store, pool, partials, keys, link, nursery, stall)
 
 
-def unpack_command(settings: Settings) -> list[str]:
-    """How a process that unpacks is started; the descriptor of its stream is appended."""
+def unpack_command(settings: Settings, linger: float = 0.0) -> list[str]:
+    """How a process that unpacks is started; the descriptor of its stream is appended. ``linger``: its argument."""
     module = "fusesnap.daemon.unpack_worker"
-    return [sys.executable, "-P", "-m", module, str(settings.root), settings.store_dir]
+    command = [sys.executable, "-P", "-m", module, str(settings.root), settings.store_dir]
+    return [*command, str(linger)]
 
 
 def totals_of(pool: SubstituterPool) -> Iterator[tuple[str, dict[str, str], float]]:
@@ -244,12 +245,15 @@ def open_telemetry(settings: Settings, process: str) -> Telemetry:
 
 @asynccontextmanager
 async def open_node(
-    settings: Settings, authorities: Authorities | None = None, process: str = "command"
+    settings: Settings,
+    authorities: Authorities | None = None,
+    process: str = "command",
+    linger: float = 0.0,
 ) -> AsyncIterator[Node]:
     """The objects of one state directory, with everything closed and every transfer ended when the block is left.
 
     ``authorities``, where they were loaded before: to do so takes longer than all the rest. ``process`` names ours, for
-    people.
+    people. ``linger``: for how many seconds a path that nobody waits for may wait for others to be committed with.
     """
     store_dir = StoreDir(settings.store_dir)
     store = await trio.to_thread.run_sync(open_store, settings, store_dir)
@@ -266,7 +270,10 @@ async def open_node(
         may = LinkLimits(settings.fetch.transfers, settings.fetch.connections)
         link = open_link(nursery, may, settings.fetch.bandwidth)
         unpackers = UnpackProcesses(
-            unpack_command(settings), settings.fetch.unpackers, nursery, ThreadUnpackers(store)
+            unpack_command(settings, linger),
+            settings.fetch.unpackers,
+            nursery,
+            ThreadUnpackers(store),
         )
         chunked = await open_chunked_paths(settings, store, pool, link, nursery)
         realiser = Realiser(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import trio
 
@@ -14,7 +13,6 @@ from fusesnap.daemon.build import Node, open_node, plain_errors
 from fusesnap.daemon.image_paths import paths_of_image, paths_of_labels
 from fusesnap.daemon.image_sources import is_in_store, local_image, opened, store_path
 from fusesnap.errors import ClosureUnavailable, FusesnapError, InvalidArgument
-from fusesnap.fetch.priority import Priority
 from fusesnap.images.platform import Platform
 from fusesnap.images.store_images import StoreImages
 from fusesnap.nix.store_path import StorePath
@@ -24,8 +22,18 @@ from fusesnap.services.image_reader import ImageReader
 
 # How often a person's picture of the progress is drawn anew, in seconds.
 TICK = 0.1
+# Bytes of NARs that are worth the wait for processes that unpack, a third of a second; fewer are unpacked here.
+WORTH_PROCESSES = 8 * 1024 * 1024
+# Seconds for which a path may wait for others to be committed with: no reader is here who would wait for it.
+LINGER = 0.1
+# Paths at once, most of which wait for the disk while others are transferred: the more, the fewer barriers it takes.
+UNDERWAY = 512
+# Of those, how many may wait for their turn on the link, which looks at each whenever something changes.
+IN_LINE = 16
 
 Realise = Callable[[StorePath], Awaitable[object]]
+# Realises a path, and calls the function as soon as the next may begin.
+Have = Callable[[StorePath, Callable[[], None]], Awaitable[object]]
 Show = Callable[[str, int, int], None]
 
 
@@ -47,14 +55,26 @@ class Prefetched:
 async def prefetch_closures(settings: Settings, names: Sequence[str], show: Show) -> Prefetched:
     """Realise all that ``names`` stand for: see :func:`prefetch`. ``show`` is called now and then."""
     with plain_errors():
-        async with open_node(settings) as node:
-            realise = partial(node.realiser.realise, priority=Priority.PREFETCH)
-            return await prefetch(node, names, show, realise)
+        async with open_node(settings, linger=LINGER) as node:
+            node.unpackers.start()  # they load while narinfos are looked up
+            return await prefetch(node, names, show, node.realiser.have)
     raise AssertionError("unreachable: a block that raises nothing returned")
 
 
-async def prefetch(node: Node, names: Sequence[str], show: Show, realise: Realise) -> Prefetched:
-    """Have all that ``names`` stand for realised by ``realise``; none of it is collected before this process ends.
+def when_over(realise: Realise) -> Have:
+    """``realise``, of which nobody knows when it begins: the next may begin when it is over."""
+
+    async def have(path: StorePath, begun: Callable[[], None]) -> None:
+        try:
+            await realise(path)
+        finally:
+            begun()
+
+    return have
+
+
+async def prefetch(node: Node, names: Sequence[str], show: Show, have: Have) -> Prefetched:
+    """Have all that ``names`` stand for realised by ``have``; none of it is collected before this process ends.
 
     A name is a store path or a reference to one, for what that references, and for what its layers stand for if it is
     an image; or an image on disk, or one that containerd has. ``show`` is told what is being done, the bytes of NARs
@@ -69,13 +89,13 @@ async def prefetch(node: Node, names: Sequence[str], show: Show, realise: Realis
             found |= dict.fromkeys(await node.realiser.closure(roots[-1]))
         else:
             found |= dict.fromkeys(await _paths_of_layers(node, name))
-    done = await realise_all(node, list(found), show, realise)
+    done = await realise_all(node, list(found), show, have)
     more = [path for root in roots for path in await _paths_of_archive(node, root)]
     more = [path for path in dict.fromkeys(more) if path not in found]
     if not more:
         return done
     await _keep(node, more)
-    return done.and_then(await realise_all(node, more, show, realise))
+    return done.and_then(await realise_all(node, more, show, have))
 
 
 async def _paths_of_layers(node: Node, name: str) -> Sequence[StorePath]:
@@ -129,32 +149,37 @@ async def closure_of(node: Node, roots: Sequence[StorePath]) -> list[StorePath]:
 
 
 async def realise_all(
-    node: Node, closure: Sequence[StorePath], show: Show, realise: Realise
+    node: Node, closure: Sequence[StorePath], show: Show, have: Have
 ) -> Prefetched:
-    """Have every path of ``closure`` realised by ``realise``; one that fails does not keep the others from it."""
+    """Have every path of ``closure`` realised by ``have``; one that fails does not keep the others from it."""
     sizes = {
         path: pin.info.nar_size for path in closure if (pin := node.store.pinned(path)) is not None
     }
     missing = [path for path in closure if not node.store.is_committed(path)]
     done = sum(size for path, size in sizes.items()) - sum(sizes[path] for path in missing)
     failures: list[FusesnapError] = []
-    # No more than are fetched at once: a path that waits for its turn would seem to make no progress.
-    turns = trio.CapacityLimiter(node.settings.fetch.transfers)
+    if sum(sizes[path] for path in missing) >= WORTH_PROCESSES:
+        await node.unpackers.all_ready()
+    room, line = trio.Semaphore(UNDERWAY), trio.Semaphore(IN_LINE)
 
-    async def have(path: StorePath) -> None:
+    async def have_one(path: StorePath) -> None:
         nonlocal done
         try:
-            async with turns:
-                await realise(path)
+            await have(path, line.release)
             done += sizes[path]
         except FusesnapError as error:
             failures.append(error)
+        finally:
+            room.release()
 
     async with trio.open_nursery() as drawing:
         drawing.start_soon(draw, node, lambda: done, sum(sizes.values()), show)
         async with trio.open_nursery() as nursery:
-            for path in sorted(missing, key=sizes.__getitem__):
-                nursery.start_soon(have, path)
+            # The largest first, so that all processors are busy to the end.
+            for path in sorted(missing, key=sizes.__getitem__, reverse=True):
+                await room.acquire()
+                await line.acquire()
+                nursery.start_soon(have_one, path)
         drawing.cancel_scope.cancel()
     if failures:
         raise ClosureUnavailable(failures)

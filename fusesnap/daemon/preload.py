@@ -9,7 +9,7 @@ from typing import Final
 import trio
 
 from fusesnap.daemon.build import Node
-from fusesnap.daemon.prefetch import Realise, prefetch
+from fusesnap.daemon.prefetch import Have, prefetch
 from fusesnap.errors import ClosureUnavailable, FusesnapError, Unavailable
 
 log = logging.getLogger(__name__)
@@ -21,7 +21,7 @@ FIRST_WAIT, LONGEST_WAIT = 10.0, 600.0
 
 
 class Preload:
-    """Has all that ``names`` stand for realised by ``realise``, one name after the other, and says so in the log.
+    """Has all that ``names`` stand for realised by ``have``, one name after the other, and says so in the log.
 
     What could not be had is tried again as long as that may help. What is preloaded is not collected while this
     process lives.
@@ -31,14 +31,14 @@ class Preload:
         self,
         node: Node,
         names: Sequence[str],
-        realise: Realise,
+        have: Have,
         *,
         clock: Callable[[], float] = trio.current_time,
         sleep: Callable[[float], Awaitable[object]] = trio.sleep,
     ) -> None:
         self._node = node
         self._names = names
-        self._realise = realise
+        self._have = have
         self._clock = clock
         self._sleep = sleep
 
@@ -52,7 +52,7 @@ class Preload:
 
     async def _may_come_later(self, name: str) -> bool:
         try:
-            done = await prefetch(self._node, [name], self._saying(name), self._realise)
+            done = await prefetch(self._node, [name], self._saying(name), self._have)
         except FusesnapError as error:
             again = isinstance(error, Unavailable) or (
                 isinstance(error, ClosureUnavailable) and error.retryable

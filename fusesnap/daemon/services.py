@@ -24,6 +24,7 @@ from fusesnap.daemon.containerd_block import NAME
 from fusesnap.daemon.lazy_layer import WorkerMount
 from fusesnap.daemon.logs import explained, log_to_stderr
 from fusesnap.daemon.path_source import HintingPathSource
+from fusesnap.daemon.prefetch import when_over
 from fusesnap.daemon.preload import Preload
 from fusesnap.daemon.signals import stop_on_signal
 from fusesnap.daemon.telemetry.exposition import serve_metrics
@@ -87,8 +88,8 @@ async def run(settings: Settings, ready: int) -> None:
             await snapshotter.remove_leftovers()
             nursery.start_soon(collector.run)
             if settings.preload.paths:
-                realise = build_source(node, nursery).realise
-                nursery.start_soon(Preload(node, settings.preload.paths, realise).run)
+                have = when_over(build_source(node, nursery).realise)
+                nursery.start_soon(Preload(node, settings.preload.paths, have).run)
             if settings.fetch.complete:
                 nursery.start_soon(build_completion(node, nursery).run)
             if settings.metrics is not None:

@@ -1,6 +1,7 @@
-"""A process that unpacks: started as ``python -m fusesnap.daemon.unpack_worker STATE STORE_DIR STREAM``.
+"""A process that unpacks: started as ``python -m fusesnap.daemon.unpack_worker STATE STORE_DIR [LINGER] STREAM``.
 
-STREAM is the descriptor of a connected stream socket, see ``fetch.unpack_frames``.
+LINGER is for how many seconds a path that nobody waits for may wait for others to be committed with. STREAM is the
+descriptor of a connected stream socket, see ``fetch.unpack_frames``.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from fusesnap.store.local_store import LocalStore
 
 def main() -> None:
     """Run until the stream is closed."""
-    state, store_dir, stream = sys.argv[1:]
+    state, store_dir, *linger, stream = sys.argv[1:]
     # Ctrl-C at a terminal reaches the whole process group: whoever started us decides when we end.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     log_to_stderr()
@@ -30,7 +31,7 @@ def main() -> None:
         # Whoever started us is gone: there is nobody to tell, and nothing left to do.
         suppress(BrokenPipeError, ConnectionResetError),
     ):
-        UnpackServer(connection, store).run()
+        UnpackServer(connection, store, float(linger[0]) if linger else 0.0).run()
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Commits what is verified, in a thread: what comes while the disk is waited for is committed together next.
 
-So nothing ever waits for a group to become large: it is as large as what came meanwhile.
+So nothing waits for a group to become large: it is as large as what came meanwhile. Where no reader is, as in
+``fusesnap prefetch``, the queue may linger for a moment after the first one, which makes the groups larger.
 """
 
 from __future__ import annotations
@@ -25,11 +26,13 @@ Answer = Callable[[int, FusesnapError | None], None]
 class CommitQueue:
     """Takes staged paths, each with a number, and tells ``answer``, in its thread, how their commits ended.
 
-    A context manager: what was put in is committed before it is left.
+    ``linger``: seconds for which the first of a group waits for others at most. A context manager: what was put in is
+    committed before it is left.
     """
 
-    def __init__(self, store: LocalStore, answer: Answer) -> None:
+    def __init__(self, store: LocalStore, answer: Answer, linger: float = 0.0) -> None:
         self._store = store
+        self._linger = linger
         self._answer = answer
         self._waiting: list[tuple[int, StagedPath]] = []
         self._closed = False
@@ -67,11 +70,16 @@ class CommitQueue:
         """What waits by now; nothing at the end."""
         with self._changed:
             self._changed.wait_for(lambda: self._waiting or self._closed)
+            if self._linger:
+                self._changed.wait_for(self._is_full, self._linger)
             group, self._waiting = (
                 self._waiting[:MOST_TOGETHER],
                 self._waiting[MOST_TOGETHER:],
             )
         return group
+
+    def _is_full(self) -> bool:
+        return self._closed or len(self._waiting) >= MOST_TOGETHER
 
 
 def commit_group(store: LocalStore, staged: Sequence[StagedPath]) -> list[FusesnapError | None]:

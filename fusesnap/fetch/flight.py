@@ -106,7 +106,7 @@ class Flight:
         self._landed = trio.Event()
         self._in_line = trio.Event()
         self._departed = trio.Event()
-        self._outcome: Tree | Exception | None = None
+        self._outcome: Tree | Exception | None = None  # None also for a tree that nobody waited for
         self._waiting = 0
         self._readers: dict[Reader, None] = {}
         observe(Asked(path, priority))
@@ -185,8 +185,8 @@ class Flight:
         self._verifying = True
         self._observe(Verifying(self.path))
 
-    def land(self, outcome: Tree | Exception) -> None:
-        """The path is committed and this is its tree, or it cannot be had and this is why."""
+    def land(self, outcome: Tree | Exception | None) -> None:
+        """The path is committed, and this is its tree if anybody waits for it, or it cannot be had and this is why."""
         self._outcome = outcome
         for event in (self._landed, self._in_line, self._departed):
             event.set()
@@ -204,8 +204,8 @@ class Flight:
         """Return when it is over, however it ended. Its own limits see to it that it ends."""
         await self._landed.wait()
 
-    async def wait(self, stall: float, reader: Reader | None) -> Tree:
-        """The path's tree, once it is committed.
+    async def wait(self, stall: float, reader: Reader | None) -> Tree | None:
+        """Return once the path is committed, with its tree unless nobody seemed to need it.
 
         Raises what the fetch raised, or ``DeadlineExceeded`` after ``stall`` seconds without progress.
         """
@@ -219,12 +219,11 @@ class Flight:
             self._waiting -= 1
             self._tell_priority()
 
-    async def outcome(self, stall: float) -> Tree:
+    async def outcome(self, stall: float) -> Tree | None:
         """The same for somebody who is no reader, and does not make it more urgent."""
         await self._wait_for_landing(stall)
         if isinstance(self._outcome, Exception):
             raise self._outcome
-        assert self._outcome is not None  # noqa: S101 - land() comes before the event
         return self._outcome
 
     async def _wait_for_landing(self, stall: float) -> None:

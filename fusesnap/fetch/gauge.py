@@ -16,6 +16,7 @@ class Rate:
     KEPT = 40
 
     def __init__(self) -> None:
+        self.value = 0.0  # bytes a second; 0 as long as nothing is known
         self._slots: deque[float] = deque(maxlen=self.KEPT)
         self._began = -math.inf
         self._count = 0
@@ -25,13 +26,9 @@ class Rate:
         if now - self._began >= self.SLOT:
             if now - self._began < 2 * self.SLOT:
                 self._slots.append(self._count / (now - self._began))
+                self.value = max(self._slots)
             self._began, self._count = now, 0
         self._count += count
-
-    @property
-    def value(self) -> float:
-        """Bytes a second; 0 as long as nothing is known."""
-        return max(self._slots, default=0.0)
 
 
 class Lately:
@@ -61,16 +58,13 @@ class RoundTrip:
     KEPT = 32
 
     def __init__(self) -> None:
+        self.value = 0.0  # seconds; 0 as long as nothing is known
         self._times: deque[float] = deque(maxlen=self.KEPT)
 
     def took(self, seconds: float) -> None:
         """A request was answered after so many seconds."""
         self._times.append(seconds)
-
-    @property
-    def value(self) -> float:
-        """Seconds; 0 as long as nothing is known."""
-        return min(self._times, default=0.0)
+        self.value = min(self._times)
 
 
 class Width:

@@ -145,13 +145,9 @@ class Realiser:
         while frontier:
             await trio.to_thread.run_sync(keep or self._store.roots.keep, frontier)
             await self.admit(frontier)
-            reached: list[StorePath] = []
-            for path in frontier:
-                for reference in await trio.to_thread.run_sync(self._references, path):
-                    if reference not in found:
-                        found[reference] = None
-                        reached.append(reference)
-            frontier = reached
+            referenced = await trio.to_thread.run_sync(self._all_references, frontier)
+            frontier = [path for path in referenced if path not in found]
+            found |= dict.fromkeys(frontier)
         return list(found)
 
     # -------------------------------------------------------------- fetching
@@ -176,9 +172,32 @@ class Realiser:
         flight = self._flight(path, priority)
         watch(flight)
         if priority is Priority.READER:
-            return await flight.wait(self._limits.stall, reader)
-        flight.want(priority)
-        return await flight.outcome(self._limits.stall)
+            tree = await flight.wait(self._limits.stall, reader)
+        else:
+            flight.want(priority)
+            tree = await flight.outcome(self._limits.stall)
+        return tree or await self._tree(path)
+
+    async def have(
+        self,
+        path: StorePath,
+        begun: Callable[[], None] = lambda: None,
+        priority: Priority = Priority.PREFETCH,
+    ) -> None:
+        """As :meth:`realise`, for somebody who wants ``path`` to be there and does not look into it.
+
+        ``begun`` is called when its first bytes are asked for, or there is no need, or no way. Whoever wants many
+        begins the next then: the link has to choose between few.
+        """
+        flight = None if self._store.is_committed(path) else self._flight(path, priority)
+        try:
+            if flight is not None:
+                flight.want(priority)
+                await flight.departed()
+        finally:
+            begun()
+        if flight is not None:
+            await flight.outcome(self._limits.stall)
 
     def request(self, paths: Sequence[StorePath], priority: Priority = Priority.PREFETCH) -> None:
         """Start fetching what is missing of ``paths`` when it is their turn, without waiting.
@@ -244,6 +263,10 @@ class Realiser:
         )  # perhaps real Nix brought it, and nobody pinned it
         return valid.references if valid is not None else self._pin(path).info.references
 
+    def _all_references(self, paths: Iterable[StorePath]) -> list[StorePath]:
+        """What any of ``paths`` references, each once."""
+        return list(dict.fromkeys(each for path in paths for each in self._references(path)))
+
     def _pin(self, path: StorePath) -> Pin:
         pin = self._store.pinned(path)
         if pin is None:
@@ -260,6 +283,13 @@ class Realiser:
                 self._trees.put(self._pin(path).ordinal, tree)
         return tree
 
+    async def _tree(self, path: StorePath) -> Tree:
+        """The tree of a path that has just been committed."""
+        tree = await self._committed_tree(path)
+        if tree is None:
+            raise Unavailable(f"{path}: somebody removed it as soon as it was committed")
+        return tree
+
     def _flight(self, path: StorePath, priority: Priority) -> Flight:
         flight = self._flights.get(path)
         if flight is None:
@@ -269,7 +299,7 @@ class Realiser:
         return flight
 
     async def _fly(self, flight: Flight) -> None:
-        outcome: Tree | Exception = Unavailable(
+        outcome: Tree | Exception | None = Unavailable(
             f"{flight.path}: the fetch was given up because the process ends"
         )
         try:
@@ -287,7 +317,7 @@ class Realiser:
             del self._flights[flight.path]
             flight.land(outcome)
 
-    async def _fetch_with_room(self, flight: Flight) -> Tree:
+    async def _fetch_with_room(self, flight: Flight) -> Tree | None:
         """Fetch; on a full disk remove what no root reaches, and fetch once more."""
         try:
             return await self._fetch_kept(flight)
@@ -300,25 +330,26 @@ class Realiser:
                 raise
         return await self._fetch_kept(flight)
 
-    async def _fetch_kept(self, flight: Flight) -> Tree:
+    async def _fetch_kept(self, flight: Flight) -> Tree | None:
         async with (
             reservation(self._store.room) as room,
             keeping(self._store.roots, [flight.path]),
         ):
             return await self._fetch(flight, room)
 
-    async def _fetch(self, flight: Flight, room: Reservation) -> Tree:
-        """The path, and what it takes to have it; parts of it are not needed afterwards."""
-        tree = await self._complete(flight, room) or await self._fetch_whole(flight, room)
+    async def _fetch(self, flight: Flight, room: Reservation) -> Tree | None:
+        """Have the path committed; parts of it are not needed afterwards. Gives its tree if somebody waits for that."""
+        if not await self._complete(flight, room):
+            await self._fetch_whole(flight, room)
         if self._chunked is not None:
             await self._chunked.committed(flight.path)
-        return tree
+        return await self._tree(flight.path) if flight.priority is Priority.READER else None
 
-    async def _complete(self, flight: Flight, room: Reservation) -> Tree | None:
-        """Fetch what is missing of a path of which parts are here; None where there is nothing to go on with."""
+    async def _complete(self, flight: Flight, room: Reservation) -> bool:
+        """Fetch what is missing of a path of which parts are here; false where there is nothing to go on with."""
         chunked = await self._chunked.begun(flight.path) if self._chunked is not None else None
         if self._chunked is None or chunked is None:
-            return None
+            return False
         # As any path: its NAR is held against its hash while it is unpacked.
         info = replace(chunked.pin.info, compression="none", file_hash=None, file_size=None)
         await room.take(info.nar_size)
@@ -332,28 +363,25 @@ class Realiser:
                     await unpacking.feed(piece)
                 flight.verify()
                 await unpacking.commit(together=flight.priority >= Priority.REST)
-            tree = await trio.to_thread.run_sync(self._store.tree, flight.path)
         except UnpackerDied as error:
             log.warning("%s: %s; it is fetched whole", flight.path, error)
-            return None
+            return False
         except (Unavailable, PathNotFound, InvalidData, UntrustedPath) as error:
             await self._chunked.give_up(chunked, error)
-            return None
-        if tree is not None:
-            self._trees.put(chunked.pin.ordinal, tree)
-        return tree
+            return False
+        return True
 
-    async def _fetch_whole(self, flight: Flight, room: Reservation) -> Tree:
+    async def _fetch_whole(self, flight: Flight, room: Reservation) -> None:
         """Try one offer after the other until one of them is the path."""
         failures: dict[str, FusesnapError] = {}
         forgotten: set[str] = set()
         while True:
             offer = await self._next_offer(flight.path, failures)
             if offer is None:
-                return await self._built_tree(flight.path)
+                return
             try:
                 pin = await self._acceptance.pin(offer)
-                tree = await self._transfer(flight, offer, pin, room)
+                await self._transfer(flight, offer, pin, room)
             except (Unavailable, PathNotFound, InvalidData, UntrustedPath) as error:
                 log.warning("%s: %s: %s", offer.substituter.url, flight.path, error)
                 await self._pool.report_bad(offer, error)
@@ -365,8 +393,7 @@ class Realiser:
                 else:
                     failures[offer.substituter.url] = error
             else:
-                self._trees.put(pin.ordinal, tree)
-                return tree
+                return
 
     async def _offered(
         self, path: StorePath, exclude: frozenset[str] = frozenset()
@@ -392,26 +419,22 @@ class Realiser:
             # What a cache sent weighs more than what the others lack: it names the culprit.
             raise type(next(iter(failures.values())))(f"{path}: {said}") from error
 
-    async def _built_tree(self, path: StorePath) -> Tree:
-        tree = await self._committed_tree(path)
-        if tree is None:
-            raise Unavailable(f"{path}: was built, and is gone again")
-        return tree
-
-    async def _transfer(self, flight: Flight, offer: Offer, pin: Pin, room: Reservation) -> Tree:
+    async def _transfer(self, flight: Flight, offer: Offer, pin: Pin, room: Reservation) -> None:
         for _ in range(UNPACK_ATTEMPTS - 1):
             try:
-                return await self._transfer_once(flight, offer, pin, room)
+                await self._transfer_once(flight, offer, pin, room)
             except (UnpackerDied, PauseLost) as error:
                 log.warning("%s: %s; from its start again", flight.path, error)
+            else:
+                return
         try:
-            return await self._transfer_once(flight, offer, pin, room)
+            await self._transfer_once(flight, offer, pin, room)
         except PauseLost as error:
             raise Unavailable(str(error)) from error
 
     async def _transfer_once(
         self, flight: Flight, offer: Offer, pin: Pin, room: Reservation
-    ) -> Tree:
+    ) -> None:
         url, size = offer.substituter.url, offer.narinfo.file_size
         with (
             self._link.passage(flight.priority, url, size) as passage,
@@ -430,10 +453,6 @@ class Realiser:
                     await unpacking.feed(piece)
                 flight.verify()
                 await unpacking.commit(together=flight.priority >= Priority.REST)
-        tree = await trio.to_thread.run_sync(self._store.tree, flight.path)
-        if tree is None:
-            raise Unavailable(f"{flight.path}: somebody removed it as soon as it was committed")
-        return tree
 
 
 def named(url: str, failure: FusesnapError) -> str:

@@ -20,6 +20,8 @@ from fusesnap.store.local_store import Pin
 log = logging.getLogger(__name__)
 
 RECEIVE = 65536
+# What a NAR costs however small it is, as bytes that are unpacked in the same time.
+FOR_EACH = 256 * 1024
 # Seconds for a process to finish the piece that it is at, and throw away the rest.
 GRACE = 10.0
 # Seconds for it to take a frame. It does one thing at a time: a commit of a large NAR may have to be on a slow disk
@@ -77,14 +79,14 @@ class UnpackProcesses:
         return [process.pid for process in self._slots if process is not None and process.alive]
 
     def _least_busy(self) -> _Process:
-        """The one with the fewest NARs, those that are ready first; another is started while all are busy."""
+        """The one with the least to do, those that are ready first; another is started while all are busy."""
         running = [process for process in self._slots if process is not None and process.alive]
         if all(process.jobs for process in running if process.ready):
             for slot, process in enumerate(self._slots):
                 if process is None or not process.alive:
                     running.append(self._process(slot))
                     break
-        return min(running, key=lambda process: (not process.ready, process.jobs))
+        return min(running, key=lambda process: (not process.ready, process.load))
 
     def _process(self, slot: int) -> _Process:
         process = self._slots[slot]
@@ -123,6 +125,11 @@ class _Process:
     @property
     def jobs(self) -> int:
         return len(self._jobs)
+
+    @property
+    def load(self) -> int:
+        """Bytes of NARs that it has still to unpack, at most; each counts for some more."""
+        return sum(job.load for job in self._jobs.values())
 
     def begin(self, info: NarInfo) -> _ProcessUnpacking:
         job = _ProcessUnpacking(next(self._numbers), self, info)
@@ -203,6 +210,7 @@ class _ProcessUnpacking:
     def __init__(self, number: int, process: _Process, info: NarInfo) -> None:
         self.number = number
         self.answered = False
+        self.load = info.nar_size + FOR_EACH
         self._process = process
         self._held = [Frame(number, FrameKind.BEGIN, info.to_text().encode())]
         self._landed = trio.Event()
@@ -234,6 +242,7 @@ class _ProcessUnpacking:
     async def commit(self, *, together: bool = False) -> None:
         if self._error is None:
             await self._send(Frame(self.number, FrameKind.QUEUE if together else FrameKind.COMMIT))
+            self.load = 0  # but for the disk, which is the same for all processes
             await self._landed.wait()
         if self._error is not None:
             raise self._error

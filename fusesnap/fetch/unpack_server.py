@@ -21,13 +21,16 @@ RECEIVE = 1 << 18
 
 
 class UnpackServer:
-    """Serves one stream until its other end is closed; then what was not to be committed yet is thrown away."""
+    """Serves one stream until its other end is closed; then what was not to be committed yet is thrown away.
 
-    def __init__(self, stream: socket.socket, store: LocalStore) -> None:
+    ``linger`` is :class:`CommitQueue`'s.
+    """
+
+    def __init__(self, stream: socket.socket, store: LocalStore, linger: float = 0.0) -> None:
         self._stream = stream
         self._sending = threading.Lock()
         self._store = store
-        self._queue = CommitQueue(store, self._answer)
+        self._queue = CommitQueue(store, self._answer, linger)
         self._jobs: dict[int, tuple[StagedPath, Unpacker]] = {}
 
     def run(self) -> None:

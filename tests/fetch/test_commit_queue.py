@@ -72,6 +72,23 @@ def test_a_group_is_what_came_meanwhile(
     assert staging(store) == []
 
 
+def test_one_that_lingers_is_committed_with_those_that_come_meanwhile(
+    store: LocalStore, stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Until the group is full, or nothing more comes; not for an hour."""
+    slow, outcomes = SlowStore(store, monkeypatch), Outcomes()
+    slow.go_on.set()
+    staged = [stage(f"path-{number}") for number in range(MOST_TOGETHER + 2)]
+    with CommitQueue(store, outcomes.__setitem__, linger=3600.0) as queue:
+        for number, path in enumerate(staged[:-2]):
+            queue.put(number, path)
+        assert slow.begun.wait(30)
+        for number, path in enumerate(staged[-2:], MOST_TOGETHER):
+            queue.put(number, path)
+    assert slow.groups == [MOST_TOGETHER, 2]
+    assert outcomes == dict.fromkeys(range(len(staged)))
+
+
 def test_what_should_not_happen_is_told_to_all_of_the_group(
     store: LocalStore,
     stage: Stage,
