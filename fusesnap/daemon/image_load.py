@@ -63,7 +63,7 @@ async def _load(
     async with leased(containerd, lease, time.time()) as leasing:
         content = ImageContent(leasing, lease)
         target = await content.add(image)
-        await Unpacker(leasing, content, snapshotter).unpack(image.image)
+        await Unpacker(leasing, content, snapshotter, order.name).unpack(image.image)
         names = ImageNames(leasing)
         id_ = str(image.image.config.digest)
         given = [id_, order.name] if order.namespace == KUBERNETES else [order.name]

@@ -12,6 +12,8 @@ from google.protobuf.empty_pb2 import Empty
 
 from fusesnap.errors import FailedPrecondition, Unavailable
 from fusesnap.services.api import (
+    cri_images_pb2,
+    cri_images_pb2_grpc,
     introspection_pb2,
     introspection_pb2_grpc,
     version_pb2_grpc,
@@ -83,6 +85,17 @@ def ask_plugins(address: Path) -> tuple[Plugin, ...]:
         )
         for each in answer.plugins
     )
+
+
+def ask_image_file_systems(address: Path) -> tuple[str, ...]:
+    """Where the image service (CRI v1) that serves ``address`` says that images are. Raises ``Unavailable``."""
+    answer = _ask(
+        address,
+        lambda channel: cri_images_pb2_grpc.ImageServiceStub(channel).ImageFsInfo(
+            cri_images_pb2.ImageFsInfoRequest(), timeout=ANSWER_WITHIN
+        ),
+    )
+    return tuple(each.fs_id.mountpoint for each in answer.image_filesystems)
 
 
 def find_snapshotter(address: Path, socket: Path, preferred: str) -> str:

@@ -33,11 +33,12 @@ _ATTEMPTS: Final = 3
 
 
 class Unpacker:
-    """Unpacks for ``snapshotter``, which is what containerd calls us."""
+    """Unpacks for ``snapshotter``, which is what containerd calls us. ``name`` is what messages call the image."""
 
     def __init__(
-        self, containerd: ContainerdCalls, content: ImageContent, snapshotter: str
+        self, containerd: ContainerdCalls, content: ImageContent, snapshotter: str, name: str
     ) -> None:
+        self._name = name
         self._containerd = containerd
         self._content = content
         self._snapshotter = snapshotter
@@ -51,8 +52,8 @@ class Unpacker:
         containerd says; what our snapshotter says of a layer is told by containerd in turn.
         """
         chain = chain_ids(layer.diff_id for layer in image.layers)
-        for layer, parent, name in zip(image.layers, ["", *chain], chain, strict=False):
-            await self._layer(layer, parent, name)
+        for layer, parent, chain_id in zip(image.layers, ["", *chain], chain, strict=False):
+            await self._layer(layer, parent, chain_id)
         if chain:
             label = f"{_GC_REF}.{self._snapshotter}"
             await self._content.label(str(image.config_digest), {label: chain[-1]})
@@ -86,7 +87,9 @@ class Unpacker:
                 continue
             await self._fill(layer, key, name, prepare, mounts)
             return
-        raise Unavailable(f"{layer}: somebody else unpacks and removes it at the same time")
+        raise Unavailable(
+            f"{self._name}: {layer}: somebody else unpacks and removes it at the same time"
+        )
 
     async def _fill(
         self,
@@ -100,7 +103,7 @@ class Unpacker:
         try:
             request = diff_pb2.ApplyRequest(diff=layer_descriptor(layer), mounts=mounts.mounts)
             applied = await self._containerd.ask(self._diff.Apply, request, within=LONG)
-            _check(layer, applied.applied.digest)
+            self._check(layer, applied.applied.digest)
             commit = snapshots_pb2.CommitSnapshotRequest(
                 snapshotter=self._snapshotter, name=name, key=key, labels=prepared.labels
             )
@@ -112,6 +115,13 @@ class Unpacker:
             raise
         await self._content.label(str(layer.digest), {UNCOMPRESSED_LABEL: str(layer.diff_id)})
 
+    def _check(self, layer: ImageLayer, diff_id: str) -> None:
+        if diff_id != str(layer.diff_id):
+            raise ContentMismatch(
+                f"{self._name}: {layer}: expected it to unpack to {layer.diff_id}, as its configuration says,"
+                f" got {diff_id}"
+            )
+
     async def _discard(self, key: str) -> None:
         """Remove a snapshot that came to nothing. The lease would end it too, later."""
         request = snapshots_pb2.RemoveSnapshotRequest(snapshotter=self._snapshotter, key=key)
@@ -122,13 +132,6 @@ class Unpacker:
                 return
             except FusesnapError as error:  # what ended the unpacking is told, not this
                 log.warning("%s: left until its lease ends: %s", key, error)
-
-
-def _check(layer: ImageLayer, diff_id: str) -> None:
-    if diff_id != str(layer.diff_id):
-        raise ContentMismatch(
-            f"{layer}: expected it to unpack to {layer.diff_id}, as its configuration says, got {diff_id}"
-        )
 
 
 def chain_ids(diff_ids: Iterable[Digest]) -> list[str]:

@@ -104,8 +104,8 @@ class PulledImages:
         if known is None or not known.chain_id:
             return None
         content = ImageContent(self._containerd, "")
-        there = await Unpacker(self._containerd, content, snapshotter).is_unpacked(known.chain_id)
-        return known.id if there else None
+        unpacker = Unpacker(self._containerd, content, snapshotter, name)
+        return known.id if await unpacker.is_unpacked(known.chain_id) else None
 
     async def _add(
         self, reference: NixReference, name: str, image: OpenImage, snapshotter: str
@@ -116,7 +116,7 @@ class PulledImages:
         async with leased(self._containerd, lease, self._clock()) as containerd:
             content = ImageContent(containerd, lease)
             target = await content.add(image)
-            await Unpacker(containerd, content, snapshotter).unpack(image.image)
+            await Unpacker(containerd, content, snapshotter, name).unpack(image.image)
             names = list(dict.fromkeys((id_, name, by_digest)))
             async with self._names.given(names, target):
                 await self._names.heard(by_digest, id_)

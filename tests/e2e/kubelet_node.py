@@ -37,6 +37,7 @@ class KubeletNode:
     daemon: FusesnapDaemon
     containerd: Containerd
     work: Path
+    stack: contextlib.ExitStack
     idle: dict[str, set[str]] = field(default_factory=dict)
 
     def pod(self) -> Pod:
@@ -51,6 +52,18 @@ class KubeletNode:
         assert pod.logs is not None
         lines = (pod.logs / "one.log").read_text().splitlines()
         return [line.partition(" ")[2] for line in lines]
+
+    def knows(self, reference: str, id_: str) -> bool:
+        """Whether an image is known; not while containerd starts."""
+        try:
+            image = self.kubelet.image(reference)
+        except grpc.RpcError:
+            return False
+        return image is not None and image.id == id_
+
+    def restart_containerd(self) -> None:
+        """Kill containerd, and start it again."""
+        self.containerd.restart(self.stack)
 
     def collect(self) -> None:
         """Have containerd collect what nothing refers to."""
@@ -103,7 +116,7 @@ def kubelet_node(
             stack.enter_context(grpc.insecure_channel(f"unix:{address}"))
             for address in (daemon.address, client.address)
         ]
-        node = KubeletNode(Kubelet(*channels), between, daemon, client, work)
+        node = KubeletNode(Kubelet(*channels), between, daemon, client, work, stack)
         command = [program, "sleep", "1000"]
         client.import_archive(write_image(work / "pause.tar", [pause], name=PAUSE, command=command))
         daemon.service.wait_until(lambda: node.kubelet.image(PAUSE) is not None)

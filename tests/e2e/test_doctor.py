@@ -123,7 +123,9 @@ def patient(
         work = stack.enter_context(run_directory("fs-"))
         cache = stack.enter_context(http_cache(cache_files, work / "nginx"))
         source = Source([cache.url], [key.public])
-        daemon = stack.enter_context(fusesnap_daemon(work / "s", source=source))
+        (work / "fusesnap.toml").write_text(f'containerd-address = "{work}/c/containerd.sock"\n')
+        options = ["--config", str(work / "fusesnap.toml")]
+        daemon = stack.enter_context(fusesnap_daemon(work / "s", source=source, options=options))
         text = block(daemon, release)
         yield Patient(
             daemon, source, stack.enter_context(configured(work / "c", release, text)), work
@@ -154,6 +156,7 @@ def test_a_node_that_was_configured_by_what_is_printed_is_well(
         ("containerd", "kubernetes"),
         ("containerd", "annotations"),
         ("containerd", "image disk"),
+        ("containerd", "image endpoint"),
     }
     signed = [each["said"] for each in answer["findings"] if "is signed by" in each["said"]]
     assert signed == [f"signatures: {Path(simple.tree).name} is signed by testbed-1"]

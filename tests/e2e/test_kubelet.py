@@ -195,6 +195,8 @@ def test_a_pull_of_what_is_there_asks_no_cache(
     assert node.held() == there
     hash_alone = f"nix:0{archive.partition('-')[0]}"
     assert node.kubelet.pull(hash_alone) == id_
+    node.restart_containerd()
+    node.daemon.service.wait_until(lambda: node.knows(hash_alone, id_))
     runs(node, f"nix:0{archive}", simple, args=["-c", SERVE])
     node.kubelet.remove_image(hash_alone)
     node.wait_until_nothing_is_left()

@@ -31,6 +31,7 @@ from fusesnap.daemon.doctor.findings import (
     failing,
     well,
 )
+from fusesnap.daemon.doctor.image_endpoint import examine_image_endpoint
 from fusesnap.daemon.doctor.peer import peer
 from fusesnap.errors import Unavailable
 from fusesnap.services.containerd_client import Plugin, ask_plugins, ask_version
@@ -58,8 +59,9 @@ class Where:
 
 @dataclass(frozen=True, slots=True)
 class Containerd:
-    """The containerd that was found, running or only installed."""
+    """The containerd that was found, running or only installed. ``address`` is its socket."""
 
+    address: Path
     version: str
     config: ContainerdConfig
     plugins: tuple[Plugin, ...] | None  # None if it does not run
@@ -137,13 +139,13 @@ def _ask(
     try:
         version, plugins = ask_version(address), ask_plugins(address)
         findings.append(_version(version, f"runs at {address}"))
-        return Containerd(version, config, plugins, settings)
+        return Containerd(address, version, config, plugins, settings)
     except Unavailable as error:
         version = program_version(program)
         findings.append(_version(version, "is installed"))
         said = f"does not answer: {error}"
         findings.append(failing("containerd", said, "systemctl start containerd", UNAVAILABLE))
-        return Containerd(version, config, None, settings)
+        return Containerd(address, version, config, None, settings)
 
 
 def _version(version: str, said: str) -> Finding:
@@ -252,6 +254,8 @@ def _cri(found: Containerd, proxy: Proxy) -> list[Finding]:
         return [*findings, _not_chosen(found, cri, proxy)]
     findings.append(_annotations(found, cri))
     findings.extend(_image_file_system(found, proxy))
+    if found.plugins is not None:
+        findings.append(examine_image_endpoint(found.settings, found.address))
     return findings
 
 
