@@ -13,7 +13,7 @@ import click
 from click.shell_completion import CompletionItem
 
 from fusesnap.cli import options
-from fusesnap.cli.trace_tables import listed, shown, summary, trace_json
+from fusesnap.cli.trace_tables import head, listed, shown, summary, trace_json
 from fusesnap.errors import FusesnapError, InvalidData, StorageFailure
 from fusesnap.fetch.traces.database import NAME, Origin, TraceDatabase
 from fusesnap.fetch.traces.naming import chosen, names
@@ -63,6 +63,16 @@ def complete_name(
     ]
 
 
+def checked_env(
+    context: click.Context, parameter: click.Parameter, values: tuple[str, ...]
+) -> dict[str, str]:
+    """``NAME=VALUE`` words as a dictionary."""
+    wrong = [value for value in values if value.find("=") < 1]
+    if wrong:
+        raise click.BadParameter(f"{wrong[0]!r}: expected NAME=VALUE")
+    return dict(value.split("=", 1) for value in values)
+
+
 @click.group()
 def trace() -> None:
     """What starts of images read, in which order.
@@ -71,6 +81,84 @@ def trace() -> None:
     store paths is fetched in that order before it asks. NAME is the first digits of a closure's digest as
     `fusesnap trace list` shows it, a store path that the start touches, or the name of what it ran.
     """
+
+
+@trace.command()
+@click.argument("source")
+@click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
+@click.option(
+    "--idle",
+    type=click.FloatRange(min=0, min_open=True),
+    default=5.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="A program that goes on is killed when it has read nothing new for so long.",
+)
+@click.option(
+    "--time-limit",
+    type=click.FloatRange(min=0, min_open=True),
+    default=600.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="How long a start may take.",
+)
+@click.option(
+    "--env", "-e", "environment", multiple=True, metavar="NAME=VALUE", callback=checked_env
+)
+@output_option
+@state_option
+@options.fetching
+def record(
+    source: str,
+    command: tuple[str, ...],
+    idle: float,
+    time_limit: float,
+    environment: dict[str, str],
+    output: Path | None,
+    state: Path | None,
+    config: Path | None,
+    substituters: tuple[str, ...],
+    trusted_public_keys: tuple[str, ...],
+    store_dir: str | None,
+) -> None:
+    """Record a start of COMMAND in SOURCE, completely, whatever is in the store already.
+
+    \b
+    SOURCE is what `fusesnap mount` takes:
+      /nix/store/<hash>-<name>  a store path: COMMAND is looked for in its bin/
+      oci-archive:FILE[:REF]    an image in a tar file, with what Nix layers stand for
+      oci:DIR[:REF]             an image layout in a directory, likewise
+
+    \b
+    fusesnap trace record /nix/store/<hash>-redis-7.2 -- redis-server
+    fusesnap trace record oci-archive:image.tar -- /bin/sh -c 'exec server'
+
+    The command runs apart, in a root that it may write to and that is thrown away, with this machine's network. The
+    trace is kept in place of what was recorded of the same store paths before; with --output it is written too.
+    """
+    import trio  # noqa: PLC0415 - slow to import
+
+    from fusesnap.cli.progress import LiveLine  # noqa: PLC0415
+    from fusesnap.daemon.trace_record import Command  # noqa: PLC0415
+    from fusesnap.daemon.trace_record import record as record_start  # noqa: PLC0415
+    from fusesnap.fetch.traces.recorder import Bounds  # noqa: PLC0415
+
+    settings = options.settings(
+        config,
+        default_root=options.default_state(),
+        root=str(state.absolute()) if state else None,
+        substituters=substituters,
+        trusted_public_keys=trusted_public_keys,
+        store_dir=store_dir,
+    )
+    own = f"{source}/bin:" if source.startswith("/") else ""
+    wanted = Command(command, {"PATH": f"{own}/bin:/usr/bin:/sbin:/usr/sbin", **environment})
+    bounds = Bounds(idle=idle, seconds=time_limit)
+    with LiveLine() as line:
+        found = trio.run(record_start, settings, source, wanted, bounds, line.update)
+    if output is not None:
+        write(output, format_trace(found))
+    click.echo("\n".join(head(found)), err=True)
 
 
 @trace.command("list")

@@ -95,6 +95,11 @@ def listed(stored: Sequence[StoredTrace]) -> list[str]:
 
 def shown(trace: StartupTrace, *, extents: bool) -> list[str]:
     """One trace: what it is, and a table of its paths and files in order of first use."""
+    return [*head(trace), "", *table(_pieces(trace) if extents else _files(trace))]
+
+
+def head(trace: StartupTrace) -> list[str]:
+    """What a trace is, without what is in it."""
     said = trace.circumstances
     starts = "one start" if said.starts == 1 else f"{said.starts} starts"
     return [
@@ -105,8 +110,6 @@ def shown(trace: StartupTrace, *, extents: bool) -> list[str]:
         f" in {len(trace.paths)} paths; the kernel's readahead was {size(said.readahead)}",
         f"state      {_state(said)}{_reasons(said)}",
         *(f"signed by  {signature.key_name}" for signature in trace.signatures),
-        "",
-        *table(_pieces(trace) if extents else _files(trace)),
     ]
 
 

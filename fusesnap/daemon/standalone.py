@@ -19,7 +19,7 @@ from fusesnap.daemon.readers import identify, is_dying
 from fusesnap.daemon.signals import stop_on_signal
 from fusesnap.daemon.watching import Watch, draw
 from fusesnap.errors import Unsupported
-from fusesnap.filesystem.accesses import Opened
+from fusesnap.filesystem.accesses import Accesses, Opened
 from fusesnap.filesystem.error_counts import ErrorCounts
 from fusesnap.filesystem.image_nodes import ImageNodes
 from fusesnap.filesystem.inode import InodeKind
@@ -62,7 +62,8 @@ async def mount_source(
             rootfs = await open_source(node, source)
             waiting = WaitingRequests(identify, ErrorCounts())
             nursery.start_soon(waiting.release_killed, is_dying)
-            with rootfs, serving(node, rootfs, mountpoint, waiting):
+            accesses = Opened(node.loader.opened)
+            with rootfs, serving(node, rootfs, mountpoint, waiting, accesses):
                 ready()
                 nursery.start_soon(draw, node, watch)
                 await pyfuse3.main(max_tasks=MAX_TASKS)
@@ -74,11 +75,10 @@ async def mount_source(
 
 @contextmanager
 def serving(
-    node: Node, rootfs: RootFs, mountpoint: Path, waiting: WaitingRequests
+    node: Node, rootfs: RootFs, mountpoint: Path, waiting: WaitingRequests, accesses: Accesses
 ) -> Iterator[None]:
-    """The mount, with what answers it."""
+    """The mount, with what answers it; ``accesses`` hears what is asked for."""
     open_files = OpenFiles()
-    accesses = Opened(node.loader.opened)
     store_nodes = StoreNodes(node.store, node.contents, open_files, waiting, accesses)
     image_nodes = ImageNodes(rootfs, shown_paths(rootfs), store_nodes)
     parts: dict[InodeKind, Nodes] = {

@@ -31,14 +31,14 @@ log = logging.getLogger(__name__)
 BOOT_ID: Final = Path("/proc/sys/kernel/random/boot_id")  # random(4)
 
 
-def make_recorder(node: Node) -> Recorder:
-    """What takes notice of the mount's requests."""
+def make_recorder(node: Node, bounds: Bounds) -> Recorder:
+    """What takes notice of a mount's requests."""
 
     def path_of(ordinal: int) -> StorePath | None:
         pin = node.store.pin_of(ordinal)
         return None if pin is None else pin.info.store_path
 
-    return Recorder(path_of, trio.current_time, Bounds(idle=node.settings.traces.idle))
+    return Recorder(path_of, trio.current_time, bounds)
 
 
 def make_traces(node: Node, recorder: Recorder, waiting: WaitingRequests) -> Traces:

@@ -30,6 +30,7 @@ from fusesnap.daemon.traces import make_recorder, make_traces
 from fusesnap.daemon.turn import BEAT, READY, wait_for_turn
 from fusesnap.errors import FusesnapError
 from fusesnap.fetch.priority import Priority
+from fusesnap.fetch.traces.recorder import Bounds
 from fusesnap.fetch.traces.traces import Traces
 from fusesnap.fetch.unpack_frames import encode_error
 from fusesnap.filesystem.accesses import Recorded
@@ -75,7 +76,7 @@ async def serve(
             open_files = OpenFiles()
             views = Views(settings.root / "views.sqlite")
             waiting = WaitingRequests(identify, ErrorCounts(), node.telemetry.wait)
-            recorder = make_recorder(node)
+            recorder = make_recorder(node, Bounds(idle=settings.traces.idle))
             accesses = Recorded(recorder, node.loader.opened)
             store_nodes = StoreNodes(node.store, node.contents, open_files, waiting, accesses)
             parts: dict[InodeKind, Nodes] = {

@@ -187,3 +187,9 @@ def test_names_are_completed(trace: Trace, tmp_path: Path) -> None:
         },
     )
     assert asked.output == f"plain,{'5' * 12}\n"
+
+
+def test_an_environment_is_made_of_names_and_values(trace: Trace) -> None:
+    refused = trace("record", "/nix/store/x", "-e", "NAME", "--", "true")
+    assert refused.exit_code == 2
+    assert "'NAME': expected NAME=VALUE" in refused.output
