@@ -29,6 +29,7 @@ from fusesnap.daemon.traces import calls as trace_calls
 from fusesnap.daemon.traces import make_recorder, make_traces
 from fusesnap.daemon.turn import BEAT, READY, wait_for_turn
 from fusesnap.errors import FusesnapError
+from fusesnap.fetch.contents import Contents
 from fusesnap.fetch.priority import Priority
 from fusesnap.fetch.traces.recorder import Bounds
 from fusesnap.fetch.traces.traces import Traces
@@ -121,7 +122,7 @@ async def answer(worker: Worker, ready: int) -> None:
     async with trio.open_nursery() as nursery:
         nursery.start_soon(stop_gently, worker, nursery.cancel_scope)
         nursery.start_soon(worker.waiting.release_killed, is_dying)
-        nursery.start_soon(close_removed, worker.open_files)
+        nursery.start_soon(close_unused, worker.open_files, worker.node.contents)
         address = worker.node.settings.root / control.SOCKET_NAME
         answers = {**calls(worker), **trace_calls(worker.node, worker.traces, nursery)}
         serve_control = partial(control.serve, patient={"realise": realising(worker.node)})
@@ -145,11 +146,12 @@ async def say_alive(line: int) -> None:
         await trio.sleep(BEAT_EVERY)
 
 
-async def close_removed(open_files: OpenFiles) -> None:
-    """Let go of files that were collected as garbage, now and then, until cancelled."""
+async def close_unused(open_files: OpenFiles, contents: Contents) -> None:
+    """Let go of files that were collected as garbage, or that nobody reads, now and then, until cancelled."""
     while True:
         await trio.sleep(CLOSE_REMOVED_EVERY)
         open_files.close_removed()
+        contents.close_unused()
 
 
 async def stop_gently(worker: Worker, scope: trio.CancelScope) -> None:

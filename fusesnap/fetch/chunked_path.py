@@ -116,7 +116,7 @@ class ChunkedPath:
         self._coming: dict[int, _Run] = {}  # by the chunk
         self._runs: set[_Run] = set()
         self._flight: Flight | None = None
-        self._progressed = trio.current_time()
+        self._progressed = self.used = trio.current_time()
         self._closed = False
 
     @property
@@ -156,9 +156,10 @@ class ChunkedPath:
         return sum(self._chunks[number].file_size for number in missing)
 
     def close(self) -> None:
-        """Let go of its files, when it is idle. What still reads it is told that there is nothing."""
+        """Let go of its files, as soon as nothing writes to them. Who still reads is told that there is nothing."""
         self._closed = True
-        self._partial.close()
+        if self.is_idle:
+            self._partial.close()
 
     async def read(
         self,
@@ -172,6 +173,7 @@ class ChunkedPath:
         ``watch`` is told what is waited for. Raises why a chunk cannot be had (``Unavailable``, ``PathNotFound``,
         ``InvalidData`` where it is not the one that the index tells of, ``StorageFailure``), or ``DeadlineExceeded``.
         """
+        self.used = trio.current_time()
         await self._ensure(offset, offset + size, watch, priority)
         return None if self._closed else self._partial.read(offset, size)
 
@@ -179,6 +181,7 @@ class ChunkedPath:
         """The same without waiting: None unless all of it is here."""
         if self._closed or self._missing(offset, offset + size):
             return None
+        self.used = trio.current_time()
         return self._partial.read(offset, size)
 
     async def nar(
@@ -306,9 +309,13 @@ class ChunkedPath:
                 del self._coming[number]
         for event in run.arrived.values():
             event.set()
-        if self.is_idle and self._flight is not None:
+        if not self.is_idle:
+            return
+        if self._flight is not None:
             self._flight.land(run.error or self.tree)
             self._flight = None
+        if self._closed:
+            self._partial.close()
 
     async def _fetch_from(self, offer: Offer, run: _Run) -> None:
         first, last = self._chunks[run.numbers[0]], self._chunks[run.numbers[-1]]

@@ -106,7 +106,7 @@ class ChunkedPaths:
         log.warning("%s: is fetched whole: %s", path, error)
         self._whole_until[path] = trio.current_time() + WHOLE_FOR
         await self._report(path, error)
-        if chunked.is_idle and self._open.get(path) is chunked:
+        if self._open.get(path) is chunked:
             del self._open[path]
             chunked.close()
 
@@ -119,6 +119,14 @@ class ChunkedPaths:
         if chunked is not None:
             chunked.close()
         await trio.to_thread.run_sync(self._partials.remove, path)
+
+    def close_unused(self, seconds: float) -> None:
+        """Let go of the files of paths that were not read for so long: collectors leave open ones alone."""
+        before = trio.current_time() - seconds
+        for chunked in [each for each in self._open.values() if each.is_idle]:
+            if chunked.used <= before:
+                del self._open[chunked.path]
+                chunked.close()
 
     # ------------------------------------------------------------ private
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from typing import Final
 
 import trio
 
@@ -32,7 +33,9 @@ from fusesnap.store.local_store import LocalStore
 log = logging.getLogger(__name__)
 
 # Indexes that are asked for ahead at a time. They are small, and what they cost is round trips.
-_AHEAD: int = 16
+_AHEAD: Final = 16
+# Seconds without a read after which the files of a path are closed.
+UNUSED: Final = 120.0
 
 
 def _nobody(flight: Flight) -> None:
@@ -112,6 +115,10 @@ class Contents:
                 return data
         await self._realiser.realise(path, pid, watch, priority)
         return None
+
+    def close_unused(self) -> None:
+        """Let go of files that nobody has read for a while; they are opened again at the next read."""
+        self._chunked.close_unused(UNUSED)
 
     def request(self, paths: Sequence[StorePath], priority: Priority) -> None:
         """Have ``paths`` fetched ahead.

@@ -50,12 +50,15 @@ class NarIndex:
     store_dir: StoreDir
 
     def check_matches(self, info: NarInfo) -> None:
-        """Raise :class:`ContentMismatch` unless it is of the NAR that ``info`` describes."""
+        """Raise :class:`ContentMismatch` unless it is of the NAR that ``info`` describes.
+
+        A narinfo need not say how large its file is; then there is nothing to contradict.
+        """
         pairs = (
             ("store path", self.store_path, info.store_path),
             ("NAR hash", self.nar_hash, info.nar_hash),
             ("NAR size", self.chunks.nar_size, info.nar_size),
-            ("file size", self.chunks.file_size, info.file_size),
+            ("file size", self.chunks.file_size, info.file_size or self.chunks.file_size),
         )
         for what, ours, theirs in pairs:
             if ours != theirs:

@@ -32,6 +32,7 @@ from fusesnap.store.ballast import Ballast
 from fusesnap.store.collector_lock import CollectorLock
 from fusesnap.store.disk_space import measure
 from fusesnap.store.locks import path_lock_if_free
+from fusesnap.store.partial_nars import remove_unwanted
 from fusesnap.store.recovery import forget_vanished
 from fusesnap.store.roots import read_permanent_roots
 from fusesnap.store.staging import CommitTarget, StagingDirectory
@@ -154,6 +155,7 @@ class Collection:
 
     def _collect(self, wanted: int | None, show: Callable[[Collected], None]) -> Collected:
         self.measure()
+        self._remove_parts()
         done = Collected()
         while wanted is None or done.size < wanted:
             freed = self._turn(None if wanted is None else wanted - done.size)
@@ -162,6 +164,20 @@ class Collection:
             done += freed
             show(done)
         return done
+
+    def _remove_parts(self) -> None:
+        """Remove what is here of paths that no root names, and that nobody reads: it is in nobody's account."""
+        with self._lock.collecting():
+            roots = self._roots()
+            for path in remove_unwanted(
+                self._target.layout.partial, lambda p: p.base_name in roots
+            ):
+                logger.info("%s: removed what was here of it", path)
+
+    def _roots(self) -> set[str]:
+        nix = self._target.layout.nix
+        permanent = read_permanent_roots(nix, self._store_dir)
+        return permanent | read_temporary_roots(nix, self._store_dir)
 
     def discard(self, path: StorePath) -> None:
         """Remove a path that is not what it was, whoever needs it: it can be fetched again."""
@@ -201,10 +217,7 @@ class Collection:
         there = self._there()
         stored = [path for path in self._target.state.stored() if path.base_name in there]
         references = self._target.state.references()
-        nix = self._target.layout.nix
-        roots = read_permanent_roots(nix, self._store_dir)
-        roots |= read_temporary_roots(nix, self._store_dir)
-        live = _closure(roots, references)
+        live = _closure(self._roots(), references)
         dead = {path.base_name: path for path in stored if path.base_name not in live}
         order = {name: place for place, name in enumerate(_referrers_first(dead, references))}
         ordered = sorted(dead.values(), key=lambda path: (path.used, order[path.base_name]))

@@ -56,6 +56,11 @@ class StateLayout:
         return self.state / "fusesnap.sqlite"
 
     @property
+    def partial(self) -> Path:
+        """NARs of which parts are here."""
+        return self.state / "partial"
+
+    @property
     def staging(self) -> Path:
         """What is being unpacked, a directory each."""
         return self.state / "staging"

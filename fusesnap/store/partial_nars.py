@@ -31,6 +31,7 @@ from uuid import UUID
 from fusesnap.errors import InvalidData, StorageFailure
 from fusesnap.nix.chunk_table import Chunk, ChunkTable
 from fusesnap.nix.store_path import StorePath
+from fusesnap.store.layout import StateLayout
 from fusesnap.store.locks import try_flock
 from fusesnap.store.state_database import Pin
 from fusesnap.store.storage_errors import storage
@@ -43,7 +44,6 @@ _HEADER: Final = struct.Struct(
 )  # magic, NAR hash, SHA-256 of the index, boot, chunks
 _MISSING, _THERE = 0, 1
 _MODE: Final = 0o600
-_SUFFIXES: Final = (".nar", ".narindex", ".map")
 
 
 class PartialNar:
@@ -192,41 +192,11 @@ class PartialNars:
 
     def remove(self, path: StorePath) -> None:
         """Remove what is here of ``path``."""
-        with storage("remove", self._file(path, ".nar")):
-            for suffix in (*_SUFFIXES, ".new"):
-                self._file(path, suffix).unlink(missing_ok=True)
+        _remove(self._directory, path)
 
     def paths(self) -> set[StorePath]:
         """The paths of which there is anything."""
-        with storage("list", self._directory):
-            names = os.listdir(self._directory)
-        found = set()
-        for name in names:
-            stem, _, _ = name.rpartition(".")
-            with suppress(InvalidData):
-                found.add(StorePath.parse_base_name(stem))
-        return found
-
-    def clean(self, is_wanted: Callable[[StorePath], bool]) -> list[StorePath]:
-        """Remove the parts of paths that are not wanted and that nobody has open; returns which."""
-        removed = []
-        for path in sorted(self.paths()):
-            if not is_wanted(path) and self._is_free(path):
-                self.remove(path)
-                removed.append(path)
-        return removed
-
-    def _is_free(self, path: StorePath) -> bool:
-        file = self._file(path, ".map")
-        with storage("look at", file):
-            try:
-                descriptor = os.open(file, os.O_RDWR | os.O_CLOEXEC)
-            except FileNotFoundError:
-                return True
-            try:
-                return try_flock(descriptor)
-            finally:
-                os.close(descriptor)
+        return _paths_in(self._directory)
 
     def _file(self, path: StorePath, suffix: str) -> Path:
         return self._directory / f"{path.base_name}{suffix}"
@@ -234,7 +204,48 @@ class PartialNars:
     @classmethod
     def in_state(cls, state: Path, boot: UUID) -> Self:
         """Those of a state directory."""
-        return cls(state / "partial", boot)
+        return cls(StateLayout(state).partial, boot)
+
+
+def remove_unwanted(directory: Path, is_wanted: Callable[[StorePath], bool]) -> list[StorePath]:
+    """Remove the parts of paths that are not wanted and that nobody has open; return which.
+
+    Raises :class:`StorageFailure`.
+    """
+    removed = []
+    for path in sorted(_paths_in(directory)):
+        if not is_wanted(path) and _is_free(directory / f"{path.base_name}.map"):
+            _remove(directory, path)
+            removed.append(path)
+    return removed
+
+
+def _paths_in(directory: Path) -> set[StorePath]:
+    found = set()
+    with storage("list", directory), suppress(FileNotFoundError):
+        for name in os.listdir(directory):
+            with suppress(InvalidData):
+                found.add(StorePath.parse_base_name(name.rpartition(".")[0]))
+    return found
+
+
+def _is_free(map_file: Path) -> bool:
+    with storage("look at", map_file):
+        try:
+            descriptor = os.open(map_file, os.O_RDWR | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return True
+        try:
+            return try_flock(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _remove(directory: Path, path: StorePath) -> None:
+    """Remove the files of a path; the index last, because it says that something may have been shown."""
+    with storage("remove what is here of", path.base_name):
+        for suffix in (".nar", ".map", ".new", ".narindex"):
+            (directory / f"{path.base_name}{suffix}").unlink(missing_ok=True)
 
 
 def _lock(map_: int, file: Path) -> None:

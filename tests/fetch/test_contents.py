@@ -16,7 +16,7 @@ from trio.testing import MockClock
 
 from fusesnap.errors import DeadlineExceeded, FusesnapError, InvalidData, PathNotFound, Unavailable
 from fusesnap.fetch.chunked_paths import ChunkedPaths
-from fusesnap.fetch.contents import Contents
+from fusesnap.fetch.contents import UNUSED, Contents
 from fusesnap.fetch.flight import Flight, Reader
 from fusesnap.fetch.link import open_link
 from fusesnap.fetch.priority import Priority
@@ -487,13 +487,14 @@ async def test_a_path_that_nobody_has_any_more_is_an_error(
 
 
 async def test_a_reader_waits_no_longer_than_it_may(
-    cache: MemorySubstituter, make_node: MakeNode, autojump_clock: MockClock
+    cache: MemorySubstituter, make_node: MakeNode, mock_clock: MockClock
 ) -> None:
     path = put(cache, published("lazy", TREE))
     node = await node_with(make_node, path)
     await node.contents.tree(path.path)
     cache.script(path.info.url, Fault(after=0))  # nothing comes, for ever
     watched: list[Flight] = []
+    mock_clock.autojump_threshold = 0.2  # not while a thread does something
     began = trio.current_time()
     entry = path.chunk_of(b"big")
     with pytest.raises(DeadlineExceeded, match="no progress for 30 s: waiting for a part of it"):
@@ -533,3 +534,44 @@ async def test_a_wrong_nar_hash_in_a_signed_index_is_found_before_anything_is_co
     with pytest.raises(InvalidData, match="hashes to"):
         await node.realiser.realise(path.path)
     assert not node.store.is_committed(path.path)
+
+
+async def test_a_path_that_nobody_reads_is_closed_and_collected_and_read_again(
+    cache: MemorySubstituter, make_node: MakeNode
+) -> None:
+    path = put(cache, published("lazy", TREE))
+    node = await node_with(make_node, path)
+    assert await read(node, path, b"big", 0, 10) == BIG[:10]
+    node.contents.close_unused()
+    node.store.collect(None)
+    assert node.partials.paths() == {path.path}  # open
+    chunked = await node.chunked.find(path.path)
+    assert chunked is not None
+    chunked.used -= UNUSED
+    node.contents.close_unused()
+    node.store.roots.keep([path.path])
+    node.store.collect(None)
+    assert node.partials.paths() == {path.path}  # somebody wants it
+    node.store.close()
+    node = await make_node()
+    node.store.collect(None)
+    assert node.partials.paths() == set()
+    assert await read(node, path, b"big", 0, 10) == BIG[:10]
+
+
+async def test_what_is_being_written_is_not_closed(
+    cache: MemorySubstituter, make_node: MakeNode
+) -> None:
+    """A descriptor that is closed while a thread writes to it may be another file's by then."""
+    path = put(cache, published("lazy", TREE))
+    node = await node_with(make_node, path)
+    await node.contents.tree(path.path)
+    chunked = await node.chunked.find(path.path)
+    assert chunked is not None
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(chunked.read, path.chunk_of(b"big").start, 10)
+        await until(lambda: not chunked.is_idle)
+        await node.chunked.committed(path.path)
+        assert not chunked.is_idle
+    await until(lambda: chunked.is_idle)
+    assert await chunked.read(0, 10) is None

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from fusesnap.errors import StorageFailure
 from fusesnap.nix.chunk_table import ChunkTable
 from fusesnap.nix.hash import Hash, HashAlgorithm
-from fusesnap.store.partial_nars import PartialNar, PartialNars
+from fusesnap.store.partial_nars import PartialNar, PartialNars, remove_unwanted
 from fusesnap.store.state_database import Pin
 
 from .conftest import make_path, path_named
@@ -130,7 +130,7 @@ def test_two_processes_do_not_share_one(partials: PartialNars, tmp_path: Path) -
     partial = partials.open(pin(), INDEX, table())
     with pytest.raises(StorageFailure, match="in use by another process"):
         partials.open(pin(), INDEX, table())
-    assert partials.clean(lambda path: False) == []
+    assert remove_unwanted(tmp_path / "partial", lambda path: False) == []
     partial.close()
     partials.open(pin(), INDEX, table()).close()
 
@@ -138,8 +138,8 @@ def test_two_processes_do_not_share_one(partials: PartialNars, tmp_path: Path) -
 def test_what_nobody_wants_is_removed(partials: PartialNars, tmp_path: Path) -> None:
     partials.open(pin(), INDEX, table()).close()
     (tmp_path / "partial" / "no store path.nar").touch()
-    assert partials.clean(lambda path: True) == []
-    assert partials.clean(lambda path: False) == [PATH]
+    assert remove_unwanted(tmp_path / "partial", lambda path: True) == []
+    assert remove_unwanted(tmp_path / "partial", lambda path: False) == [PATH]
     assert os.listdir(tmp_path / "partial") == ["no store path.nar"]
     assert partials.index(PATH) is None
 
