@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import select
 import signal
 import socket
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import IO, Any
 
 POLL_SECONDS = 0.02
+LOWEST_PORT = 10_000  # below are ports of well-known services
 END_SECONDS = 5  # from SIGTERM to SIGKILL
 
 
@@ -244,11 +246,17 @@ def _wait_until_gone(probe: Callable[[], None], what: str, timeout: float) -> No
 
 
 def free_port() -> int:
-    """A TCP port of 127.0.0.1 on which nothing listens."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    """A TCP port of 127.0.0.1 on which nothing listens.
+
+    It is below those that the kernel gives to connections by itself (ip(7)): one of them may else take it before a
+    server does, or while the server is stopped.
+    """
+    given = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    while True:
+        port = LOWEST_PORT + secrets.randbelow(max(given - LOWEST_PORT, LOWEST_PORT))
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def listens(port: int) -> bool:
