@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import re
+import shlex
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -22,37 +26,64 @@ def fusesnap(*arguments: object) -> str:
     return run([str(word) for word in (FUSESNAP, *arguments)])
 
 
-def test_loaded_and_prefetched(
+@pytest.fixture
+def shell(
     node: Node, cache: HttpCache, simple: SimpleClosure, key: SigningKey, work: Path
+) -> Callable[[str], str]:
+    """Runs commands of docs/images.md: on this node, with its registry, and with a store path that its cache has."""
+    settings = work / "fusesnap.toml"
+    settings.write_text(
+        f'root = "{node.daemon.state}"\naddress = "{node.daemon.address}"\n'
+        f'containerd-address = "{node.containerd.address}"\n'
+        f'substituters = ["{cache.url}"]\ntrusted-public-keys = ["{key.public}"]\n'
+    )
+    programs = work / "bin"
+    programs.mkdir()
+    run_words = shlex.join(node.containerd.run_command("IMAGE", "NAME")[1:-2])
+    for name, command in (
+        ("fusesnap", f'exec {FUSESNAP} "$@" --config {settings}'),
+        ("ctr", f'shift 4; exec {node.containerd.command()[0]} {run_words} "$@"'),
+    ):
+        (programs / name).write_text(f"#!/bin/sh\n{command}\n")
+        (programs / name).chmod(0o755)
+    host = node.registry.reference("x").partition("/")[0]
+
+    def run_shell(text: str) -> str:
+        words = text.replace("STORE_PATH", simple.busybox).replace("registry.example.org", host)
+        environment = {**os.environ, "PATH": f"{programs}:{os.environ['PATH']}"}
+        return run(["sh", "-exc", words], env=environment, cwd=work, timeout=120)
+
+    return run_shell
+
+
+def test_what_the_documentation_says_works(
+    node: Node, cache: HttpCache, shell: Callable[[str], str]
 ) -> None:
-    source = ["-s", cache.url, "--trusted-public-key", key.public]
-    place = [*source, "--state", node.daemon.state, "--address", node.daemon.address]
-    place += ["--containerd-address", node.containerd.address]
-    archive = work / "a.tar"
-    own = ["--state", work / "b", *source, "-t", "registry.example/loaded:1"]
-    fusesnap("image", "build", simple.script, "-o", archive, *own)
-    said = fusesnap("image", "load", archive, *place)
-    assert said.startswith("registry.example/loaded:1@sha256:")
-    assert node.containerd.run("registry.example/loaded:1", "one") == "hello from a store path\n"
-    # A package of which no image was ever made, under a short name.
-    fusesnap("image", "load", f"nix:0{simple.busybox}", "busybox", *place)
-    command = [f"{simple.busybox}/bin/echo", "from a package"]
-    said = node.containerd.run("docker.io/library/busybox:latest", "two", *command)
-    assert said == "from a package\n"
-    leases = node.containerd.ctr("leases", "ls", "--quiet")
-    assert leases.strip() == ""
-    # An image that containerd has; the closure is complete then.
-    settings = work / "containerd.toml"
-    settings.write_text(f'containerd-address = "{node.containerd.address}"\n')
-    name = "registry.example/loaded:1"
-    said = fusesnap("prefetch", name, archive, "--config", settings, "--state", work / "p", *source)
-    assert said.endswith("2 fetched, the rest was there\n")
+    text = (Path(__file__).parents[2] / "docs/images.md").read_text()
+    blocks = re.findall(r"```sh\n(.*?)```", text, re.DOTALL)
+    said = [shell(block) for block in blocks]
+    assert [block.split()[:3] for block in blocks] == [
+        ["fusesnap", "image", "build"],
+        ["fusesnap", "image", "build"],
+        ["fusesnap", "image", "inspect"],
+        ["fusesnap", "image", "push"],
+        ["fusesnap", "image", "load"],
+        ["fusesnap", "prefetch", "STORE_PATH"],
+    ]
+    assert "1 store paths" in said[2]
+    assert "3 blobs with" not in said[3]
+    assert f"{node.registry.reference('app:1')}@sha256:" in said[4]
+    assert said[5].endswith("the rest was there\n")
+    assert node.containerd.ctr("leases", "ls", "--quiet").strip() == ""
     for wrong, reason in (
-        ("registry.example/absent:1", "containerd has no such image"),
-        ("NO SUCH", "expected a store path, an image's file, or its name"),
+        ("registry.example.org/absent:1", "containerd has no such image"),
+        ("'NO SUCH'", "expected a store path, an image's file, or its name"),
     ):
         with pytest.raises(CommandFailed, match=reason):
-            fusesnap("prefetch", wrong, "--config", settings, "--state", work / "p", *source)
+            shell(f"fusesnap prefetch {wrong}")
+    # A package of which no image was ever made, under a short name.
+    shell("fusesnap image load nix:0STORE_PATH busybox")
+    assert "docker.io/library/busybox:latest" in node.containerd.images()
 
 
 def test_preloaded_at_start(
