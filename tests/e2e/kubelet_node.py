@@ -61,6 +61,14 @@ class KubeletNode:
             return False
         return image is not None and image.id == id_
 
+    def serves(self, killed: int) -> bool:
+        """Whether other services serve than those that were ``killed``, containerd too."""
+        try:
+            self.held()
+            return int(self.daemon.status()["services"]["pid"]) != killed
+        except CommandFailed:
+            return False
+
     def restart_containerd(self) -> None:
         """Kill containerd, and start it again."""
         self.containerd.restart(self.stack)
@@ -107,9 +115,16 @@ def kubelet_node(
     options = ["--config", str(work / "fusesnap.toml")]
     with contextlib.ExitStack() as stack:
         daemon = stack.enter_context(fusesnap_daemon(work / "s", source=source, options=options))
-        release = containerd_release(version)
         client = stack.enter_context(
-            containerd(work / "c", proxy=daemon.address, cri=True, sandbox=PAUSE, release=release)
+            containerd(
+                work / "c",
+                proxy=daemon.address,
+                cri=True,
+                # With them 2.1 and later leave the transfer service out.
+                annotations=version.startswith("1."),
+                release=containerd_release(version),
+                sandbox=PAUSE,
+            )
         )
         between = stack.enter_context(gate(work / "gate.sock", client.address))
         channels = [

@@ -5,6 +5,8 @@ No registry has, or is asked for, an image whose reference begins with ``nix:0/`
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -194,7 +196,10 @@ def test_a_pull_of_what_is_there_asks_no_cache(
     node.collect()
     assert node.held() == there
     hash_alone = f"nix:0{archive.partition('-')[0]}"
-    assert node.kubelet.pull(hash_alone) == id_
+    pulls = [
+        node.kubelet.begin_pull(each) for each in (hash_alone, hash_alone, f"nix:0{archive}:2")
+    ]
+    assert {pull.result().image_ref for pull in pulls} == {id_}
     node.restart_containerd()
     node.daemon.service.wait_until(lambda: node.knows(hash_alone, id_))
     runs(node, f"nix:0{archive}", simple, args=["-c", SERVE])
@@ -236,6 +241,23 @@ def test_a_pull_that_is_given_up_leaves_nothing(
         pull = node.kubelet.begin_pull(f"nix:0{archive}")
         assert hold.reached.wait(20)
         pull.cancel()
+    node.wait_until_nothing_is_left()
+
+
+@on_one
+def test_a_pull_that_was_killed_is_taken_up_by_the_next(node: KubeletNode, archive: str) -> None:
+    """kill -9 when all is there but the names. The lease that is left is the next one's."""
+    with node.gate.holding("Images/Create") as hold:
+        pull = node.kubelet.begin_pull(f"nix:0{archive}")
+        assert hold.reached.wait(20)
+        killed = node.daemon.status()["services"]["pid"]
+        os.kill(killed, signal.SIGKILL)
+        assert pull.exception() is not None
+    node.daemon.service.wait_until(lambda: node.serves(killed))
+    assert node.left()["leases"]
+    id_ = node.kubelet.pull(f"nix:0{archive}")
+    assert "leases" not in node.left()
+    node.kubelet.remove_image(id_)
     node.wait_until_nothing_is_left()
 
 
