@@ -48,7 +48,7 @@ def make_traces(node: Node, recorder: Recorder, waiting: WaitingRequests) -> Tra
         lambda: TraceDatabase(settings.root / NAME),
         recorder,
         node.store,
-        node.realiser.request,
+        node.contents.foresee,
         waiting.paths,
         container_of,
         TraceSearch(

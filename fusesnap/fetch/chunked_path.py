@@ -34,7 +34,7 @@ from fusesnap.store.partial_nars import PartialNar
 from fusesnap.substituter.base import Bookmark
 from fusesnap.substituter.pool import Offer
 
-# Bytes of the file that are rather fetched again than asked for around: less than any link carries in a round trip.
+# Bytes of the file that are rather fetched than asked for around: less than most links carry in a round trip.
 NEAR: Final = 32 * 1024
 # Bytes of the file in one request at most: what is more urgent interrupts it, but not without loss.
 LARGEST_RUN: Final = 4 * 1024 * 1024
@@ -177,6 +177,16 @@ class ChunkedPath:
         await self._ensure(offset, offset + size, watch, priority)
         return None if self._closed else self._partial.read(offset, size)
 
+    def want(self, ranges: Iterable[tuple[int, int]], priority: Priority) -> None:
+        """Have bytes of the NAR fetched, each range from its start up to its end, without waiting for them."""
+        if self._closed:
+            return
+        self.used = trio.current_time()
+        wanted = {number for start, end in ranges for number in self._missing(start, end)}
+        for number in wanted & self._coming.keys():
+            self._coming[number].want(priority)
+        self._begin(sorted(wanted - self._coming.keys()), priority)
+
     def at_hand(self, offset: int, size: int) -> bytes | None:
         """The same without waiting: None unless all of it is here."""
         if self._closed or self._missing(offset, offset + size):
@@ -274,12 +284,14 @@ class ChunkedPath:
             self._nursery.start_soon(self._fetch, run, name=f"fetch a part of {self.path}")
 
     def _groups(self, numbers: Iterable[int]) -> Iterator[list[int]]:
-        """Split into what one request carries each."""
+        """Split into what one request carries each; a small gap is rather fetched than asked for around."""
         group: list[int] = []
         for number in numbers:
             if group and not self._belongs(group, number):
                 yield group
                 group = []
+            if group:
+                group += self._partial.missing(range(group[-1] + 1, number))
             group.append(number)
         if group:
             yield group
@@ -288,7 +300,7 @@ class ChunkedPath:
         between = range(group[-1] + 1, number)
         gap = sum(self._chunks[each].file_size for each in between)
         length = self._chunks[number].file_end - self._chunks[group[0]].file_start
-        return gap <= NEAR and length <= LARGEST_RUN and all(map(self._partial.has, between))
+        return gap <= NEAR and length <= LARGEST_RUN and not self._coming.keys() & set(between)
 
     async def _fetch(self, run: _Run) -> None:
         run.error = Unavailable(f"{self.path}: the fetch was given up because the process ends")

@@ -7,7 +7,8 @@ whatever cache has it; a reader sees nothing of that but the time that it takes.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Final
 
 import trio
@@ -26,8 +27,9 @@ from fusesnap.fetch.chunked_paths import ChunkedPaths
 from fusesnap.fetch.flight import Flight
 from fusesnap.fetch.priority import Priority
 from fusesnap.fetch.realiser import Realiser
+from fusesnap.nix.startup_trace import StartupTrace, TracedPath
 from fusesnap.nix.store_path import StorePath
-from fusesnap.nix.tree import Tree
+from fusesnap.nix.tree import EntryKind, Tree
 from fusesnap.store.local_store import LocalStore
 
 log = logging.getLogger(__name__)
@@ -148,7 +150,60 @@ class Contents:
         if whole:
             self._realiser.request([path for path in paths if path in whole], priority)
 
+    def foresee(self, trace: StartupTrace) -> None:
+        """Have fetched what a start is about to read: chunks where that can be, else whole paths, in its order."""
+        self._nursery.start_soon(self._foresee, trace, name="fetch by a startup trace")
+
+    async def _foresee(self, trace: StartupTrace) -> None:
+        parts = parts_by_path(trace)
+        whole: set[StorePath] = set()
+
+        async def prepare(traced: TracedPath) -> None:
+            async with self._ahead:
+                chunked = await self._by_chunk(traced.path)
+                if chunked is None:
+                    whole.add(traced.path)
+                elif chunked.pin.info.nar_hash == traced.nar_hash:
+                    chunked.want(ranges_of(chunked.tree, parts[traced.path]), Priority.TRACE)
+
+        async with trio.open_nursery() as nursery:
+            for traced in trace.paths:
+                nursery.start_soon(prepare, traced)
+        if whole:
+            ordered = [traced.path for traced in trace.paths if traced.path in whole]
+            self._realiser.request(ordered, Priority.TRACE)
+
     async def _by_chunk(self, path: StorePath) -> ChunkedPath | None:
         if self._store.is_committed(path):
             return None
         return await self._chunked.find(path)
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """``length`` bytes from ``offset`` of a file of ``size`` bytes, the ``entry``-th of its path in NAR order."""
+
+    entry: int
+    size: int
+    offset: int
+    length: int
+
+
+def parts_by_path(trace: StartupTrace) -> dict[StorePath, list[Part]]:
+    """What a trace says was read of each of its paths."""
+    parts: dict[StorePath, list[Part]] = {traced.path: [] for traced in trace.paths}
+    for extent in trace.extents:
+        file = trace.files[extent.file]
+        path = trace.paths[file.path].path
+        parts[path].append(Part(file.entry, file.size, extent.offset, extent.length))
+    return parts
+
+
+def ranges_of(tree: Tree, parts: Iterable[Part]) -> Iterator[tuple[int, int]]:
+    """Where ``parts`` are in the NAR of ``tree``. Those that the tree does not have are left out."""
+    for part in parts:
+        if part.entry < len(tree.entries):
+            entry = tree.entries[part.entry]
+            if entry.kind is EntryKind.REGULAR and entry.size == part.size:
+                start = entry.offset + part.offset
+                yield start, min(start + part.length, entry.offset + entry.size)

@@ -16,7 +16,14 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
-from testbed.binary_cache import CacheFiles, SigningKey, http_cache, signing_key, write_cache
+from testbed.binary_cache import (
+    CacheFiles,
+    SigningKey,
+    http_cache,
+    publish_cache,
+    signing_key,
+    write_cache,
+)
 from testbed.containerd_configuration import Release
 from testbed.fusesnap_daemon import Source
 from testbed.link_process import slow_link
@@ -130,6 +137,7 @@ def sides() -> list[Side]:
     return [
         Warm(),
         Fusesnap("fusesnap, stock cache", "stock"),
+        Fusesnap("fusesnap, published cache", "published"),
         Eager(),
         Eager(copying=True),
         Ordinary("gzip"),
@@ -143,6 +151,7 @@ class Ready:
 
     built: Built
     files: CacheFiles
+    published: CacheFiles
     images: dict[str, str]
 
 
@@ -161,7 +170,8 @@ def make_ready(
     for kind, archive in archives.items():
         images.push(archive, names[kind])
         archive.unlink()
-    return Ready(built, files, names)
+    published = publish_cache(built.store, [built.closure.root], work / f"published-{name}", key)
+    return Ready(built, files, published, names)
 
 
 @contextlib.contextmanager
@@ -171,8 +181,9 @@ def scene(
     """Everything behind one link."""
     with (
         http_cache(ready.files, directory / "nginx") as cache,
+        http_cache(ready.published, directory / "published-nginx") as published,
         slow_link(
-            {"stock": cache.port, "registry": images.port},
+            {"stock": cache.port, "published": published.port, "registry": images.port},
             directory,
             rate=profile.rate,
             round_trip=profile.round_trip,

@@ -1,4 +1,4 @@
-"""A signed binary cache, written by real ``nix copy`` and served by a real nginx."""
+"""A signed binary cache, written by real ``nix copy`` or by ``fusesnap publish``, and served by a real nginx."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import itertools
 import json
 import os
 import signal
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,6 +82,24 @@ def write_cache(
     target = f"file://{directory}?compression={compression}{sign}"
     with store.locked():
         nix("copy", "--from", store.uri, "--to", target, *roots)
+    return CacheFiles(directory)
+
+
+def publish_cache(
+    store: NixStore, roots: Sequence[str], directory: Path, key: SigningKey
+) -> CacheFiles:
+    """``fusesnap publish`` the closures of ``roots``; what is there already stays."""
+    program = Path(sys.executable).with_name("fusesnap")
+    options: list[str | Path] = [
+        "--from",
+        store.directory,
+        "--to",
+        directory,
+        "--secret-key-file",
+        key.secret_file,
+    ]
+    with store.locked():
+        run([program, "publish", *options, "--closure", *roots], timeout=900)
     return CacheFiles(directory)
 
 

@@ -22,9 +22,11 @@ from fusesnap.fetch.link import open_link
 from fusesnap.fetch.priority import Priority
 from fusesnap.fetch.realiser import Limits, Realiser
 from fusesnap.fetch.unpacking import ThreadUnpackers
+from fusesnap.nix.closure_digest import ClosureDigest
 from fusesnap.nix.hash import Hash, HashAlgorithm
 from fusesnap.nix.index_reference import IndexReference
 from fusesnap.nix.signature import TrustedKeys
+from fusesnap.nix.startup_trace import Circumstances, Ending, StartupTrace, TraceBuilder
 from fusesnap.nix.store_path import StoreDir
 from fusesnap.store.local_store import LocalStore
 from fusesnap.store.partial_nars import PartialNars
@@ -575,3 +577,50 @@ async def test_what_is_being_written_is_not_closed(
         assert not chunked.is_idle
     await until(lambda: chunked.is_idle)
     assert await chunked.read(0, 10) is None
+
+
+def trace_of(path: PublishedPath, *reads: tuple[bytes, int, int]) -> StartupTrace:
+    builder = TraceBuilder()
+    number = builder.path(path.path, path.info.nar_hash)
+    for name, offset, length in reads:
+        entry = next(i for i, e in enumerate(path.index.tree.entries) if e.name == name)
+        size = path.index.tree.entries[entry].size
+        builder.read(builder.file(number, entry, size, name), offset, length, size)
+    closure = ClosureDigest.of([path.path], StoreDir())
+    return builder.trace(closure, Circumstances(0, "1", 1, 0, Ending.EXIT))
+
+
+async def test_what_a_trace_foresees_is_there_when_it_is_asked_for(
+    cache: MemorySubstituter, make_node: MakeNode
+) -> None:
+    path = put(cache, published("lazy", TREE))
+    stock = published("stock", TREE)
+    stock = replace(stock, info=replace(stock.info, unknown=()))
+    cache.publish(stock.info, stock.file)
+    node = await node_with(make_node, path)
+    await node.realiser.admit([stock.path])
+    node.contents.foresee(trace_of(path, (b"big", 0, 100), (b"other", 50 * CHUNK, 3 * CHUNK)))
+    node.contents.foresee(trace_of(stock, (b"big", 0, 100)))
+    await until(lambda: len(cache.parts) == 2 and node.store.is_committed(stock.path))
+    chunked = await node.chunked.find(path.path)
+    assert chunked is not None
+    await until(lambda: chunked.is_idle)
+    assert (
+        bytes_asked(cache) < 150_000
+    )  # 16 KiB and 32, as a trace rounds, and a chunk on each side
+    asked = len(cache.parts)
+    assert await read(node, path, b"other", 51 * CHUNK, CHUNK) == OTHER_BIG[51 * CHUNK : 52 * CHUNK]
+    assert await read(node, path, b"big", 0, 100) == BIG[:100]
+    assert len(cache.parts) == asked
+
+
+async def test_a_trace_of_another_nar_fetches_no_part(
+    cache: MemorySubstituter, make_node: MakeNode
+) -> None:
+    path = put(cache, published("lazy", TREE))
+    other = published("lazy", {**TREE, "small": b"other"})  # type: ignore[dict-item]
+    node = await node_with(make_node, path)
+    node.contents.foresee(trace_of(other, (b"big", 0, 100)))
+    await until(lambda: path.index_name in cache.requests)
+    await trio.testing.wait_all_tasks_blocked(0.05)
+    assert cache.parts == []

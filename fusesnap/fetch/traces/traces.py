@@ -15,7 +15,6 @@ from typing import Final
 import trio
 
 from fusesnap.errors import FusesnapError
-from fusesnap.fetch.priority import Priority
 from fusesnap.fetch.traces.database import Origin, TraceDatabase, Unfinished
 from fusesnap.fetch.traces.recorder import Recorder
 from fusesnap.fetch.traces.recording import Conditions, Draft, Recording, Start, lacking
@@ -57,8 +56,9 @@ class Policy:
 class Traces:
     """The traces of one state directory, for one process that serves its mount.
 
-    ``request`` has paths fetched; ``awaited`` says for which somebody waits; ``owner_of`` tells the upper directory of
-    the container that a thread is in, in a thread of ours; ``search`` asks caches; ``clock`` gives seconds since 1970.
+    ``foresee`` has fetched what a trace says; ``awaited`` says for which paths somebody waits; ``owner_of`` tells the
+    upper directory of the container that a thread is in, in a thread of ours; ``search`` asks caches; ``clock`` gives
+    seconds since 1970.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class Traces:
         open_database: Callable[[], TraceDatabase],
         recorder: Recorder,
         store: LocalStore,
-        request: Callable[[Sequence[StorePath], Priority], object],
+        foresee: Callable[[StartupTrace], object],
         awaited: Callable[[], Collection[StorePath]],
         owner_of: Callable[[int], str | None],
         search: TraceSearch,
@@ -76,7 +76,7 @@ class Traces:
         self._open_database = open_database
         self._recorder = recorder
         self._store = store
-        self._request = request
+        self._foresee = foresee
         self._awaited = awaited
         self._owner_of = owner_of
         self._search = search
@@ -146,7 +146,7 @@ class Traces:
         Raises ``InvalidData`` for a trace with paths that are not of the closure.
         """
         trace.check_closure(start.paths)
-        self._request([traced.path for traced in trace.paths], Priority.TRACE)
+        self._foresee(trace)
         log.info("%s: starts by a trace of %d paths", start.key, len(trace.paths))
 
     async def end(self, key: str) -> None:

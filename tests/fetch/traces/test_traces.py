@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +12,6 @@ import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 from fusesnap.errors import StorageFailure
-from fusesnap.fetch.priority import Priority
 from fusesnap.fetch.traces.database import Origin, TraceDatabase
 from fusesnap.fetch.traces.recorder import Bounds, Recorder
 from fusesnap.fetch.traces.recording import Start
@@ -60,7 +59,7 @@ class Node:
     def __init__(self, state: Path, store: LocalStore) -> None:
         self.store = store
         self.path = state / "traces.sqlite"
-        self.requested: list[tuple[list[StorePath], Priority]] = []
+        self.requested: list[list[StorePath]] = []
         self.awaited: set[StorePath] = set()
         self.owners: dict[int, str] = {}
         self.cache = MemorySubstituter()
@@ -68,8 +67,8 @@ class Node:
         self.heard: list[str] = []
         self.ordinals = {path_of(made): store.pin(made[0]).ordinal for made in (HELLO, GLIBC)}
 
-    def request(self, paths: Sequence[StorePath], priority: Priority) -> None:
-        self.requested.append((list(paths), priority))
+    def foresee(self, trace: StartupTrace) -> None:
+        self.requested.append([traced.path for traced in trace.paths])
 
     def path_of(self, ordinal: int) -> StorePath | None:
         pin = self.store.pin_of(ordinal)
@@ -83,7 +82,7 @@ class Node:
             lambda: Told(self.path, self),
             recorder,
             self.store,
-            self.request,
+            self.foresee,
             lambda: self.awaited,
             self.owners.get,
             TraceSearch([self.cache], TRUSTED, lambda: 1_790_000_000.0, 30),
@@ -195,7 +194,7 @@ async def test_the_next_start_is_fetched_in_that_order_before_it_asks(node: Node
         node.store.collect(None)
         await traces.begin(node.start("two"))
         await traces.begin(node.start("two"))  # containerd asks for mounts again
-        assert node.requested == [([path_of(GLIBC), path_of(HELLO)], Priority.TRACE)]
+        assert node.requested == [[path_of(GLIBC), path_of(HELLO)]]
         node.read(recorder, HELLO)
         await traces.end("two")
     (trace,) = node.stored()
@@ -314,7 +313,7 @@ async def test_a_start_that_nobody_knows_here_is_looked_for_in_caches(node: Node
     async with node.process() as (traces, recorder):
         await traces.begin(node.start("one"))
         assert "one" in recorder
-    assert node.requested == [([path_of(GLIBC), path_of(HELLO)], Priority.TRACE)]
+    assert node.requested == [[path_of(GLIBC), path_of(HELLO)]]
     assert node.stored() == [trace]
 
 
@@ -327,7 +326,7 @@ async def test_it_is_looked_for_when_the_image_is_unpacked(node: Node) -> None:
         assert node.requested == []
         node.cache.requests.clear()
         await traces.begin(start)
-    assert node.requested == [([path_of(GLIBC), path_of(HELLO)], Priority.TRACE)]
+    assert node.requested == [[path_of(GLIBC), path_of(HELLO)]]
     assert node.cache.requests == []
 
 
@@ -348,7 +347,7 @@ async def test_an_image_may_carry_it(node: Node, caplog: pytest.LogCaptureFixtur
         assert "is not trusted: it is unsigned" in caplog.text
         await traces.foresee(start.closure, start.paths, trace)
         await traces.begin(start)
-    assert node.requested == [([path_of(GLIBC), path_of(HELLO)], Priority.TRACE)]
+    assert node.requested == [[path_of(GLIBC), path_of(HELLO)]]
     assert node.stored() == [trace]
 
 
