@@ -19,6 +19,7 @@ from fusesnap.daemon.watching import Watch, draw
 from fusesnap.errors import InvalidArgument, InvalidData
 from fusesnap.fetch.kinds import KindFinder
 from fusesnap.images.archive_writer import write_archive, write_layout
+from fusesnap.images.base_tree import open_base_tree
 from fusesnap.images.build import build
 from fusesnap.images.layer import FileKind
 from fusesnap.images.links import Links
@@ -29,6 +30,7 @@ from fusesnap.images.programs import ProgramFinder, main_program, why_none
 from fusesnap.images.run_config import RunConfig, parse_run_config
 from fusesnap.nix.closure_labels import STORE_PATHS_FILE, parse_store_paths
 from fusesnap.nix.store_path import StorePath
+from fusesnap.nix.tree import Tree
 from fusesnap.store.storage_errors import storage
 
 # What containerd and Docker set where an image says nothing.
@@ -95,11 +97,11 @@ class _Builder:
         finder = KindFinder(node.store, node.pool, node.realiser)
         kinds = await placeholder_kinds(await finder.roots(closure), links)
         trees = {path: await node.realiser.realise(path) for path in copied}
-        tar = nix_layer_tar(kinds, trees, node.store_dir)
         async with AsyncExitStack() as stack:
             base = None
             if order.base is not None:
                 base = await stack.enter_async_context(opened(node, order.base, order.platform))
+            tar = await trio.to_thread.run_sync(self._layer, kinds, trees, base)
             run, remark = await self._run(roots, kinds, base)
             image = build(tar, closure, closure_list, run, order.platform, node.store_dir, base)
             write = write_layout if order.as_layout else write_archive
@@ -108,6 +110,20 @@ class _Builder:
             )
         found = image.image
         return Built(str(found.manifest.digest), len(closure), found.layers[-1].size, remark)
+
+    def _layer(
+        self,
+        kinds: Mapping[StorePath, FileKind],
+        copied: Mapping[StorePath, Tree],
+        base: OpenImage | None,
+    ) -> bytes:
+        node = self._node
+        if base is None or not copied:
+            return nix_layer_tar(kinds, copied, node.store_dir)
+        with open_base_tree(
+            base, "base image", node.store_dir, node.settings.root, stop_if_cancelled
+        ) as tree:
+            return nix_layer_tar(kinds, copied, node.store_dir, tree)
 
     async def _realise(self, paths: Sequence[StorePath]) -> None:
         async with trio.open_nursery() as nursery:

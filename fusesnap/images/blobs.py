@@ -10,6 +10,7 @@ import os
 import re
 import stat
 import tarfile
+import tempfile
 from collections.abc import Generator, Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
@@ -221,16 +222,10 @@ def spooled(pieces: Iterable[bytes], name: str, scratch: Path) -> int:
 
     Raises InvalidData for more than ``MAX_ARCHIVE_SIZE`` bytes, StorageFailure.
     """
-    with refusals(scratch):
-        descriptor = os.open(scratch, os.O_RDWR | os.O_TMPFILE | os.O_CLOEXEC, 0o600)
-    try:
+    with refusals(scratch), tempfile.TemporaryFile(dir=scratch, buffering=0) as file:
         for piece in _bounded(pieces, name):
-            with refusals(scratch):
-                write_all(descriptor, piece)
-    except BaseException:
-        os.close(descriptor)
-        raise
-    return descriptor
+            write_all(file.fileno(), piece)
+        return os.dup(file.fileno())
 
 
 def _bounded(pieces: Iterable[bytes], name: str) -> Iterator[bytes]:

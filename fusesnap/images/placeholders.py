@@ -7,11 +7,14 @@ that is a directory, or a link to one, and an empty file of mode 0555 for any ot
 
 from __future__ import annotations
 
+import posixpath
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Final
 
 from fusesnap.errors import InvalidArgument, InvalidData
 from fusesnap.fetch.kinds import Root
+from fusesnap.images.base_tree import BaseTree
 from fusesnap.images.layer import FileKind
 from fusesnap.images.layer_writer import NewEntry, directories, layer_tar
 from fusesnap.images.links import Links
@@ -51,12 +54,16 @@ def _placeholder(kind: EntryKind | None) -> FileKind:
 
 
 def nix_layer_tar(
-    kinds: Mapping[StorePath, FileKind], copied: Mapping[StorePath, Tree], store_dir: StoreDir
+    kinds: Mapping[StorePath, FileKind],
+    copied: Mapping[StorePath, Tree],
+    store_dir: StoreDir,
+    base: BaseTree | None = None,
 ) -> bytes:
     """Return the layer's tar: placeholders of these ``kinds``, and links to what is in the trees of ``copied``.
 
-    Raises InvalidArgument where a path that is copied is no directory, would put something into the store directory,
-    or has a name that another has too; InvalidData for a name that is not UTF-8.
+    They go to where the directories of the base image ``base`` are. Raises InvalidArgument where a path that is copied
+    is no directory, would put something into the store directory, or has a name that another has too; InvalidData for
+    a name that is not UTF-8.
     """
     entries = {entry.path: entry for entry in directories(store_dir.path)}
     for path in sorted(kinds):
@@ -67,8 +74,20 @@ def nix_layer_tar(
     placed: dict[str, StorePath] = {}
     for path, tree in copied.items():
         for entry in _links_to(path, tree, store_dir):
-            _place(entry, path, entries, placed, store_dir)
+            _place(_moved(entry, base), path, entries, placed, store_dir)
     return layer_tar(sorted(entries.values(), key=lambda entry: entry.path.split("/")))
+
+
+def _moved(entry: NewEntry, base: BaseTree | None) -> NewEntry:
+    """The entry where the base image has its directory, which keeps its mode."""
+    if base is None:
+        return entry
+    if entry.kind is FileKind.DIRECTORY:
+        place = base.place(entry.path)
+        mode = base.mode(place)
+        return replace(entry, path=place, mode=entry.mode if mode is None else mode)
+    directory, slash, name = entry.path.rpartition("/")
+    return replace(entry, path=posixpath.join(base.place(directory), name)) if slash else entry
 
 
 def _place(

@@ -29,6 +29,21 @@ _MACHINES: Final = {
 }
 
 
+# e_machine of ELF files (gABI 4.1 and its registry): what such a program is for.
+_ELF_MACHINES: Final = {
+    3: "386",
+    21: "ppc64le",
+    22: "s390x",
+    40: "arm",
+    62: "amd64",
+    183: "arm64",
+    243: "riscv64",
+    258: "loong64",
+}
+# Which programs of others a processor runs too.
+_ALSO_RUNS: Final = {("amd64", "386"), ("arm64", "arm")}
+
+
 @dataclass(frozen=True, slots=True)
 class Platform:
     """An operating system and a processor architecture."""
@@ -57,6 +72,12 @@ class Platform:
             )
         return cls("linux", *known)
 
+    def runs_machine(self, machine: int) -> bool:
+        """Say whether a program with this ``e_machine`` may run here; of an unknown one it may."""
+        architecture = architecture_of_elf(machine)
+        pair = (self.architecture, architecture)
+        return architecture in (None, self.architecture) or pair in _ALSO_RUNS
+
     def distance(self, offered: Platform) -> int | None:
         """Say how far ``offered`` is from this: 0 where it is the same, more where it still runs.
 
@@ -75,3 +96,8 @@ class Platform:
 
     def __str__(self) -> str:
         return "/".join(filter(None, (self.os, self.architecture, self.variant)))
+
+
+def architecture_of_elf(machine: int) -> str | None:
+    """Return the architecture of an ELF file's ``e_machine``, None where that is not known."""
+    return _ELF_MACHINES.get(machine)

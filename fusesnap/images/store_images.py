@@ -10,18 +10,19 @@ from typing import Final
 
 import trio
 
-from fusesnap.errors import InvalidData
+from fusesnap.errors import InvalidData, StorageFailure
 from fusesnap.fetch.keeping import keeping
 from fusesnap.fetch.realiser import Realiser
 from fusesnap.images.digest import Digest
 from fusesnap.images.disk import open_regular, refusals
 from fusesnap.images.docker_archive import MANIFEST_NAME
 from fusesnap.images.opening import OpenImage, open_image
-from fusesnap.images.platform import Platform
-from fusesnap.images.programs import ProgramFinder
+from fusesnap.images.platform import Platform, architecture_of_elf
+from fusesnap.images.programs import ProgramFinder, Programs, main_program
 from fusesnap.images.reference import NixReference
 from fusesnap.images.synthesis import synthesise
 from fusesnap.images.uncompressed import compression_of
+from fusesnap.nix.elf import HEAD_SIZE, machine_of
 from fusesnap.nix.store_path import StorePath
 from fusesnap.nix.tree import EntryKind, Tree
 from fusesnap.store.local_store import LocalStore
@@ -92,7 +93,34 @@ class StoreImages:
         store_dir = self._store.store_dir
         closure = await self._realiser.closure(path, keep)
         finder = ProgramFinder(frozenset(closure), self._realiser.realise, store_dir)
-        return synthesise(path, closure, await finder.find(path), self._platform, store_dir)
+        programs = await finder.find(path)
+        await trio.to_thread.run_sync(self._check_machine, path, programs)
+        return synthesise(path, closure, programs, self._platform, store_dir)
+
+    def _check_machine(self, path: StorePath, programs: Programs) -> None:
+        """See that what the image starts is for this platform. What is a script, or elsewhere, may be."""
+        name = main_program(path, programs)
+        if name is None:
+            return
+        location = self._store.location(path)
+        if programs.directory is not None:
+            if (location / "bin").is_symlink():
+                return
+            location = location / "bin" / name
+        try:
+            descriptor = open_regular(location, follow=False)
+        except (InvalidData, StorageFailure):
+            return  # a link
+        try:
+            with refusals(location):
+                machine = machine_of(os.pread(descriptor, HEAD_SIZE, 0))
+        finally:
+            os.close(descriptor)
+        if machine is not None and not self._platform.runs_machine(machine):
+            raise InvalidData(
+                f"{self._store.store_dir.format(path)}: expected a package for {self._platform}, its program"
+                f" {name} is for {architecture_of_elf(machine)}"
+            )
 
 
 def _is_image(tree: Tree, location: Path) -> bool:

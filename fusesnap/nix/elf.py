@@ -89,6 +89,15 @@ _FORMS: Final = {
     for order, mark in ((1, "<"), (2, ">"))
 }
 _HEADER_SIZE: Final = 64
+HEAD_SIZE: Final = 20  # up to and with e_machine
+_MACHINE_AT: Final = 18
+_MARKS: Final = {b"\1": "<", b"\2": ">"}
+
+
+def machine_of(head: bytes) -> int | None:
+    """Return ``e_machine`` of the ELF file that begins with ``head``, 20 bytes of it; None for what is no ELF file."""
+    mark = _MARKS.get(head[5:6]) if head.startswith(MAGIC) and len(head) >= HEAD_SIZE else None
+    return None if mark is None else int(struct.unpack_from(f"{mark}H", head, _MACHINE_AT)[0])
 
 
 def read_dynamic() -> Generator[Range, bytes, Dynamic | None]:

@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 
-from fusesnap.errors import InvalidData
+from fusesnap.errors import InvalidArgument, InvalidData
 from fusesnap.images import build as building
 from fusesnap.images.archive_writer import write_archive, write_layout
+from fusesnap.images.base_tree import open_base_tree
 from fusesnap.images.build import BuiltImage, build
 from fusesnap.images.layer import FileKind
 from fusesnap.images.opening import OpenImage, open_image
@@ -20,7 +21,11 @@ from fusesnap.images.placeholders import nix_layer_tar
 from fusesnap.images.platform import Platform
 from fusesnap.images.run_config import RunConfig, parse_run_config
 from fusesnap.nix.closure_labels import ClosureLabel, PathLabels, parse_nix_labels
+from fusesnap.nix.nar import NarEnd
 from fusesnap.nix.store_path import StoreDir, StorePath
+from fusesnap.nix.tree import Tree, TreeBuilder
+
+from ..store import conftest as store_paths
 
 STORE = StoreDir()
 AMD64 = Platform("linux", "amd64")
@@ -204,3 +209,65 @@ def test_more_than_a_registry_takes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(building, "MAX_DOCUMENT_SIZE", 300)
     with pytest.raises(InvalidData, match="names 2 store paths and has"):
         made()
+
+
+def test_what_is_copied_goes_to_where_the_base_image_has_its_directories(
+    layout: Any, make_tar: Any, tmp_path: Path
+) -> None:
+    def entry(name: str, kind: bytes = tarfile.DIRTYPE, target: str = "", mode: int = 0o755) -> Any:
+        info = tarfile.TarInfo(name)
+        info.type, info.linkname, info.mode = kind, target, mode
+        return info, b""
+
+    lower = make_tar(
+        [
+            entry("usr/bin"),
+            entry("bin", tarfile.SYMTYPE, "usr/bin"),
+            entry("sbin", tarfile.SYMTYPE, "/bin"),
+            entry("out", tarfile.SYMTYPE, "../../../usr"),
+            entry("round", tarfile.SYMTYPE, "round"),
+            entry("file", tarfile.REGTYPE),
+            entry("tmp", mode=0o1777),
+        ]
+    )
+    layout.add(layout.manifest([lower]))
+
+    def tree(content: store_paths.Tree) -> Tree:
+        builder = TreeBuilder()
+        for event in (*store_paths.tree_events(content), NarEnd()):
+            builder.receive(event)
+        return builder.tree()
+
+    with (
+        open_image(layout.directory, "base", AMD64, tmp_path) as base,
+        open_base_tree(base, "base", STORE, tmp_path, lambda _: None) as below,
+    ):
+
+        def copied(content: store_paths.Tree) -> dict[str, Any]:
+            data = nix_layer_tar(KINDS, {TOOL: tree(content)}, STORE, below)
+            with tarfile.open(fileobj=io.BytesIO(data)) as tar:
+                return {
+                    each.name: each.linkname or each.mode
+                    for each in tar
+                    if not each.name.startswith("nix")
+                }
+
+        content: store_paths.Tree = {
+            "bin": {"a": b""}, "sbin": {"b": b""}, "out": {"c": b""}, "tmp": {"d": b""}, "new": {"e": b""},
+        }  # fmt: skip
+        prefix = STORE.format(TOOL)
+        assert copied(content) == {
+            "usr": 0o755,
+            "usr/bin": 0o755,
+            "usr/bin/a": f"{prefix}/bin/a",
+            "usr/bin/b": f"{prefix}/sbin/b",
+            "usr/c": f"{prefix}/out/c",
+            "tmp": 0o1777,
+            "tmp/d": f"{prefix}/tmp/d",
+            "new": 0o755,
+            "new/e": f"{prefix}/new/e",
+        }
+        for wrong in ("round", "file"):
+            with pytest.raises(InvalidArgument, match=f"'{wrong}' cannot be a directory"):
+                copied({wrong: {"x": b""}})
+    assert [path.name for path in tmp_path.iterdir()] == ["layout-0"]

@@ -207,3 +207,35 @@ async def test_cancelled_while_an_archive_is_decompressed(
             pytest.fail("it was opened")
     assert scope.cancelled_caught
     assert os.listdir(tmp_path) == ["state"]
+
+
+def elf(machine: int, order: bytes = b"\1") -> bytes:
+    """The first bytes of an ELF file."""
+    numbers = machine.to_bytes(2, "little" if order == b"\1" else "big")
+    return b"\x7fELF\2" + order + bytes(12) + numbers + bytes(44)
+
+
+@pytest.mark.parametrize(
+    ("machine", "order", "architecture"),
+    [(183, b"\1", "arm64"), (22, b"\2", "s390x"), (243, b"\1", "riscv64")],
+)
+async def test_a_package_for_another_platform(
+    images: StoreImages, publish: Publish, machine: int, order: bytes, architecture: str
+) -> None:
+    for name, tree in (
+        ("hello-1", {"bin": {"hello": (elf(machine, order),)}}),
+        ("hello", (elf(machine, order),)),
+    ):
+        path = publish(name, tree)
+        said = await refusal(images, path)
+        assert (
+            f"expected a package for linux/amd64, its program {name[:5]} is for {architecture}"
+            in said
+        )
+
+
+@pytest.mark.parametrize("start", [elf(62), elf(3), elf(4711), b"#!/bin/sh", b"\x7fELF"])
+async def test_a_package_that_may_run(images: StoreImages, publish: Publish, start: bytes) -> None:
+    path = publish("hello-1", {"bin": {"hello": (start,), "link": "hello"}})
+    async with images.open(path) as image:
+        assert b"bin/hello" in image.image.config.data
