@@ -8,9 +8,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from testbed.images import Device, Entry, Link, ordinary_layer
+
+NOWHERE: Final = f"/nix/store/{'0' * 32}-nothing"
 
 Files = dict[str, bytes]
 
@@ -67,6 +69,16 @@ def _with_config(files: Files, change: Callable[[Any], None]) -> Files:
     return {**made, "index.json": json.dumps(index).encode()}
 
 
+def _with_another_path(files: Files) -> Files:
+    """The Nix layer stands for a path that no cache has."""
+    index = _index(files)
+    manifest = json.loads(files[_blob(index["manifests"][0])])
+    manifest["layers"][-1]["annotations"]["containerd.io/snapshot/nix-store-path.0"] = NOWHERE
+    made = dict(files)
+    index["manifests"][0] |= _put(made, manifest)
+    return {**made, "index.json": json.dumps(index).encode()}
+
+
 def _put(files: Files, document: Any) -> dict[str, Any]:
     data = json.dumps(document).encode()
     digest = f"sha256:{sha256(data).hexdigest()}"
@@ -104,5 +116,6 @@ BAD = [
         lambda files: _with_config(files, lambda config: config.update(architecture="s390x")),
     ),
     Bad("diff-id", "expected it to unpack to", lambda files: _with_config(files, _wrong_diff_id)),
+    Bad("closure", f"1 store paths cannot be had: {NOWHERE}", _with_another_path),
     Bad("empty", "expected an image", lambda files: {"readme": b"no image"}),
 ]

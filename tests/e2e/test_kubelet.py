@@ -20,7 +20,7 @@ from testbed.registry import Registry
 from testbed.synthetic import SimpleClosure
 from testbed.workplace import run_directory
 
-from .bad_images import BAD, Bad
+from .bad_images import BAD, NOWHERE, Bad
 from .kubelet_node import KubeletNode, kubelet_node
 
 NixLayers = Callable[..., Layer]
@@ -203,7 +203,15 @@ def test_a_pull_of_what_is_there_asks_no_cache(
     node.restart_containerd()
     node.daemon.service.wait_until(lambda: node.knows(hash_alone, id_))
     runs(node, f"nix:0{archive}", simple, args=["-c", SERVE])
+    image = node.kubelet.image(id_)
+    assert image is not None
     node.kubelet.remove_image(hash_alone)
+    by_digest = min(image.repo_digests, key=len)
+    assert node.kubelet.pull(by_digest) == id_
+    known = node.kubelet.image(id_)
+    assert known is not None
+    assert (list(known.repo_tags), list(known.repo_digests)) == ([], [by_digest])
+    node.kubelet.remove_image(id_)
     node.wait_until_nothing_is_left()
 
 
@@ -281,8 +289,7 @@ def test_what_is_no_good_image_is_refused_with_the_reason(
 def test_what_is_no_image_at_all_is_refused_with_the_reason(
     node: KubeletNode, simple: SimpleClosure
 ) -> None:
-    nowhere = f"/nix/store/{'0' * 32}-nothing"
-    refused(node, nowhere, "0" * 32)
+    refused(node, NOWHERE, "0" * 32)
     refused(node, f"{simple.busybox}-other", simple.busybox)
     refused(node, "/etc/passwd", "expected nix:0/nix/store/<hash>-<name>")
     refused(node, simple.file, simple.file)
