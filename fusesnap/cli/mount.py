@@ -75,7 +75,7 @@ def mount(
                 os.dup2(log_descriptor, sys.stderr.fileno())
             line.say(f"{source} is mounted at {mountpoint}; Ctrl-C unmounts it")
 
-        trio.run(mount_source, settings, source, where, ready, line.update)
+        trio.run(mount_source, settings, source, where, ready, line.update, line.end)
 
 
 def check_mountpoint(mountpoint: Path) -> Path:

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from fusesnap.cli import options
+from fusesnap.cli.status import size
+
+if TYPE_CHECKING:
+    from fusesnap.daemon.prefetch import Prefetched
 
 
 @click.command()
@@ -52,6 +57,16 @@ def prefetch(
     )
     with FetchProgress() as progress:
         done = trio.run(prefetch_closures, settings, paths, progress.update)
-    click.echo(
-        f"{done.paths} paths, {done.nar_bytes} bytes of NARs: {done.fetched} fetched, the rest was there"
+    click.echo(total(done))
+
+
+def total(done: Prefetched) -> str:
+    """What came of it, in a line."""
+    came = ""
+    if done.received and done.seconds > 0:
+        rate = size(round(done.received / done.seconds))
+        came = f"; {size(done.received)} came in {done.seconds:.1f} s ({rate}/s)"
+    return (
+        f"{done.paths} paths, {size(done.nar_bytes)} of NARs{came}: "
+        f"{done.fetched} fetched, the rest was there"
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Self
 
@@ -20,7 +20,18 @@ from rich.progress import (
 )
 from rich.text import Text
 
+from fusesnap.cli.status import size
+from fusesnap.daemon.status import waits_for
 from fusesnap.fetch.flight import FlightState
+
+SHOWN = 3  # fetches in one line
+BAR_WIDTH = 24  # of 80 columns: words follow
+STATES = {
+    "narinfo": "asking caches for it",
+    "turn": "others are before it",
+    "pause": "paused for others",
+    "verify": "verifying",
+}
 
 
 class LiveLine:
@@ -28,7 +39,13 @@ class LiveLine:
 
     def __init__(self) -> None:
         self._console = Console(stderr=True)
-        self._live = Live("", console=self._console, transient=True, auto_refresh=False)
+        self._live = Live(
+            "",
+            console=self._console,
+            transient=True,
+            auto_refresh=False,
+            redirect_stdout=sys.stdout.isatty(),  # a script that reads it must get its lines
+        )
 
     def __enter__(self) -> Self:
         if self._console.is_terminal:
@@ -53,15 +70,44 @@ class LiveLine:
         """Draw this moment."""
         if self._console.is_terminal:
             self._live.update(
-                Text("  ".join(describe(flight) for flight in flights[:3])), refresh=True
+                Text(line_of(flights), no_wrap=True, overflow="ellipsis"), refresh=True
             )
+
+    def end(self, received: Mapping[str, int]) -> None:
+        """Say what came from each cache, to somebody who has watched."""
+        if self._console.is_terminal and any(received.values()):
+            came = ", ".join(
+                f"{size(count)} from {url}" for url, count in received.items() if count
+            )
+            self._console.print(Text(f"fetched {came}"))
+
+
+def line_of(flights: Sequence[FlightState]) -> str:
+    """Who waits for what, or else what is fetched ahead."""
+    waiting = [flight for flight in flights if flight.waiting]
+    shown = (waiting or list(flights))[:SHOWN]
+    more = len(flights) - len(shown)
+    return "; ".join(map(describe, shown)) + (f"; {more} more" if more else "")
 
 
 def describe(flight: FlightState) -> str:
     """One fetch in a few words."""
-    readers = ", ".join(f"{reader.command} ({reader.pid})" for reader in flight.readers[:2])
-    percent = f" {100 * flight.received // flight.expected}%" if flight.expected else ""
-    return f"fetching {flight.path.name}{percent}" + (f" for {readers}" if readers else "")
+    readers = " and ".join(f"{reader.command} ({reader.pid})" for reader in flight.readers[:2])
+    verb = "wait" if len(flight.readers) > 1 else "waits"
+    what = f"{readers or 'somebody'} {verb} for" if flight.waiting else "fetching"
+    return f"{what} {flight.path.name}: {how_far(flight)}"
+
+
+def how_far(flight: FlightState) -> str:
+    """How much of it is here, how fast it comes, and for how long it still will."""
+    state = waits_for(flight)
+    if state != "transfer":
+        return STATES[state]
+    if not flight.expected:
+        return f"{size(flight.received)}, {size(round(flight.rate))}/s"
+    left = flight.expected - flight.received
+    remaining = f", {left / flight.rate:.0f} s left" if flight.rate > 0 else ""
+    return f"{size(flight.received)} of {size(flight.expected)}, {size(round(flight.rate))}/s{remaining}"
 
 
 class _Bar:
@@ -104,17 +150,17 @@ class FetchProgress(_Bar):
     def __init__(self) -> None:
         super().__init__(
             "asking for narinfos",
-            TextColumn("{task.description}"),
-            BarColumn(),
+            BarColumn(BAR_WIDTH),
             DownloadColumn(),
             TransferSpeedColumn(),
             TimeRemainingColumn(),
-            transient=False,
+            TextColumn("{task.description}"),  # the last: its length changes
+            transient=True,
         )
 
     def update(self, description: str, done: int, total: int) -> None:
-        """``done`` of ``total`` bytes of NARs are committed or on their way."""
-        self._bar.update(self._task, description=description, completed=done, total=total)
+        """``done`` of ``total`` bytes are here, or sent; of 0 where it is not known yet how many there are."""
+        self._bar.update(self._task, description=description, completed=done, total=total or None)
 
 
 class PublishProgress(_Bar):

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import trio
 
@@ -12,6 +12,7 @@ from fusesnap.config import Settings
 from fusesnap.daemon.build import Node, open_node, plain_errors
 from fusesnap.daemon.image_paths import paths_of_image, paths_of_labels
 from fusesnap.daemon.image_sources import is_in_store, local_image, opened, store_path
+from fusesnap.daemon.watching import meanwhile, share_of, summary
 from fusesnap.errors import ClosureUnavailable, FusesnapError, InvalidArgument
 from fusesnap.images.platform import Platform
 from fusesnap.images.store_images import StoreImages
@@ -39,11 +40,16 @@ Show = Callable[[str, int, int], None]
 
 @dataclass(frozen=True, slots=True)
 class Prefetched:
-    """``paths`` of the closures, ``nar_bytes`` of all their NARs, ``fetched`` paths that were not there before."""
+    """``paths`` of the closures, ``nar_bytes`` of all their NARs, ``fetched`` paths that were not there before.
+
+    ``received`` compressed bytes came for them in ``seconds``, where somebody wanted to know.
+    """
 
     paths: int
     nar_bytes: int
     fetched: int
+    received: int = 0
+    seconds: float = 0.0
 
     def and_then(self, more: Prefetched) -> Prefetched:
         """This and ``more``, which are other paths."""
@@ -57,7 +63,10 @@ async def prefetch_closures(settings: Settings, names: Sequence[str], show: Show
     with plain_errors():
         async with open_node(settings, linger=LINGER) as node:
             node.unpackers.start()  # they load while narinfos are looked up
-            return await prefetch(node, names, show, node.realiser.have)
+            began = trio.current_time()
+            done = await prefetch(node, names, show, node.realiser.have)
+            received = sum(state.bytes_received for state in node.pool.states())
+            return replace(done, received=received, seconds=trio.current_time() - began)
     raise AssertionError("unreachable: a block that raises nothing returned")
 
 
@@ -77,18 +86,19 @@ async def prefetch(node: Node, names: Sequence[str], show: Show, have: Have) -> 
     """Have all that ``names`` stand for realised by ``have``; none of it is collected before this process ends.
 
     A name is a store path or a reference to one, for what that references, and for what its layers stand for if it is
-    an image; or an image on disk, or one that containerd has. ``show`` is told what is being done, the bytes of NARs
-    that are there, and of all. Raises InvalidArgument and InvalidData for what is none of them, ClosureUnavailable for
-    what cannot be had; the rest is there then.
+    an image; or an image on disk, or one that containerd has. ``show`` is told what is being done, how many compressed
+    bytes came, and how many there are to come. Raises InvalidArgument and InvalidData for what is none of them,
+    ClosureUnavailable for what cannot be had; the rest is there then.
     """
     found: dict[StorePath, None] = {}
     roots: list[StorePath] = []
-    for name in names:
-        if is_in_store(node, name):
-            roots.append(await store_path(node, name))
-            found |= dict.fromkeys(await node.realiser.closure(roots[-1]))
-        else:
-            found |= dict.fromkeys(await _paths_of_layers(node, name))
+    async with meanwhile(draw_lookups, node, show):
+        for name in names:
+            if is_in_store(node, name):
+                roots.append(await store_path(node, name))
+                found |= dict.fromkeys(await node.realiser.closure(roots[-1]))
+            else:
+                found |= dict.fromkeys(await _paths_of_layers(node, name))
     done = await realise_all(node, list(found), show, have)
     more = [path for root in roots for path in await _paths_of_archive(node, root)]
     more = [path for path in dict.fromkeys(more) if path not in found]
@@ -152,11 +162,12 @@ async def realise_all(
     node: Node, closure: Sequence[StorePath], show: Show, have: Have
 ) -> Prefetched:
     """Have every path of ``closure`` realised by ``have``; one that fails does not keep the others from it."""
-    sizes = {
-        path: pin.info.nar_size for path in closure if (pin := node.store.pinned(path)) is not None
-    }
+    infos = {path: pin.info for path in closure if (pin := node.store.pinned(path)) is not None}
+    sizes = {path: info.nar_size for path, info in infos.items()}
     missing = [path for path in closure if not node.store.is_committed(path)]
-    done = sum(size for path, size in sizes.items()) - sum(sizes[path] for path in missing)
+    # What a person sees is what crosses the link.
+    loads = {path: infos[path].file_size or sizes[path] for path in missing}
+    done = 0
     failures: list[FusesnapError] = []
     if sum(sizes[path] for path in missing) >= WORTH_PROCESSES:
         await node.unpackers.all_ready()
@@ -166,29 +177,38 @@ async def realise_all(
         nonlocal done
         try:
             await have(path, line.release)
-            done += sizes[path]
+            done += loads[path]
         except FusesnapError as error:
             failures.append(error)
         finally:
             room.release()
 
-    async with trio.open_nursery() as drawing:
-        drawing.start_soon(draw, node, lambda: done, sum(sizes.values()), show)
-        async with trio.open_nursery() as nursery:
-            # The largest first, so that all processors are busy to the end.
-            for path in sorted(missing, key=sizes.__getitem__, reverse=True):
-                await room.acquire()
-                await line.acquire()
-                nursery.start_soon(have_one, path)
-        drawing.cancel_scope.cancel()
+    async with meanwhile(draw, node, lambda: done, loads, show), trio.open_nursery() as nursery:
+        # The largest first, so that all processors are busy to the end.
+        for path in sorted(missing, key=sizes.__getitem__, reverse=True):
+            await room.acquire()
+            await line.acquire()
+            nursery.start_soon(have_one, path)
     if failures:
         raise ClosureUnavailable(failures)
     return Prefetched(len(closure), sum(sizes.values()), len(missing))
 
 
-async def draw(node: Node, done: Callable[[], int], total: int, show: Show) -> None:
-    """Show the progress until cancelled."""
+async def draw(
+    node: Node, done: Callable[[], int], loads: Mapping[StorePath, int], show: Show
+) -> None:
+    """Show the progress until cancelled; ``loads`` are what there is to fetch, some of which is partly here."""
+    total = sum(loads.values())
     while True:
-        flights = [flight for flight in node.realiser.flights() if flight.cache is not None]
-        show(flights[0].path.name if flights else "checking", done(), total)
+        flights = node.realiser.flights()
+        partly = sum(share_of(flight) * loads.get(flight.path, 0) for flight in flights)
+        show(summary(flights), min(total, done() + round(partly)), total)
+        await trio.sleep(TICK)
+
+
+async def draw_lookups(node: Node, show: Show) -> None:
+    """Show how many narinfos were asked for, until cancelled."""
+    while True:
+        asked = sum(state.narinfos_asked for state in node.pool.states())
+        show(f"asking for narinfos: {asked} so far", 0, 0)
         await trio.sleep(TICK)

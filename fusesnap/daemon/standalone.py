@@ -47,30 +47,45 @@ MAX_TASKS = 1024
 
 
 async def mount_source(
-    settings: Settings, source: str, mountpoint: Path, ready: Callable[[], None], watch: Watch
+    settings: Settings,
+    source: str,
+    mountpoint: Path,
+    ready: Callable[[], None],
+    watch: Watch,
+    ended: Callable[[Mapping[str, int]], None] = lambda _: None,
 ) -> None:
     """Show ``source`` at ``mountpoint`` until SIGTERM, SIGINT, or until somebody unmounts it.
 
     ``mountpoint`` is as the kernel's list of mounts names it: absolute, without links.
-    ``ready`` is called once it is mounted, ``watch`` now and then with what is being fetched. Raises
-    ``InvalidConfiguration`` or ``InvalidData`` for a source that is none, ``ClosureUnavailable`` where paths of it
-    cannot be had, ``Unsupported`` where FUSE refuses.
+    ``ready`` is called once it is mounted, ``watch`` now and then with what is being fetched, ``ended`` at the end with
+    the bytes that came from each cache. Raises ``InvalidConfiguration`` or ``InvalidData`` for a source that is none,
+    ``ClosureUnavailable`` where paths of it cannot be had, ``Unsupported`` where FUSE refuses.
     """
     with plain_errors():
         async with open_node(settings) as node, trio.open_nursery() as nursery:
             nursery.start_soon(stop_on_signal, nursery.cancel_scope)
+            nursery.start_soon(draw, node, watch)
             rootfs = await open_source(node, source)
             waiting = WaitingRequests(identify, ErrorCounts())
             nursery.start_soon(waiting.release_killed, is_dying)
             accesses = Opened(node.loader.opened)
-            with rootfs, serving(node, rootfs, mountpoint, waiting, accesses):
+            shown = serving(node, rootfs, mountpoint, waiting, accesses)
+            with telling_bytes(node, ended), rootfs, shown:
                 ready()
-                nursery.start_soon(draw, node, watch)
                 await pyfuse3.main(max_tasks=MAX_TASKS)
                 if str(mountpoint) in mount_points():
                     # Nobody unmounted it: libfuse gave up, and has said why on stderr.
                     raise Unsupported(f"{mountpoint}: libfuse ended the session by itself")
             nursery.cancel_scope.cancel()
+
+
+@contextmanager
+def telling_bytes(node: Node, ended: Callable[[Mapping[str, int]], None]) -> Iterator[None]:
+    """Tell ``ended`` what came from each cache."""
+    try:
+        yield
+    finally:
+        ended({state.url: state.bytes_received for state in node.pool.states()})
 
 
 @contextmanager
