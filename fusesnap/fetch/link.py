@@ -204,6 +204,7 @@ class Passage:
         if self._handed is not None:
             self._link.fed(self.load, self._waited, began - self._handed)
         try:
+            self.load.waits_since = began
             with trio.CancelScope() as self._receiving:
                 piece = await anext(stream, None)
         except Unavailable as error:
@@ -211,6 +212,7 @@ class Passage:
                 raise PauseLost(str(error)) from error
             raise
         finally:
+            self.load.waits_since = None
             receiving, self._receiving = self._receiving, None
         if receiving is not None and receiving.cancelled_caught:
             return b""

@@ -85,6 +85,7 @@ class Load:
     flows: bool = False  # something came since it was resumed
     waited: float = 0.0  # seconds of late that it waited for the link
     worked: float = 0.0  # and for whoever takes its bytes
+    waits_since: float | None = None  # for the next piece
     lately: Lately | None = None
 
     @property
@@ -151,7 +152,7 @@ class Scheduler:
 
     def decide(self, now: float) -> list[Load]:
         """Let run what should run from ``now`` on; returns the loads whose state is another than before."""
-        if any(load.priority is Priority.READER for load in self._loads):
+        if any(self._is_reader_with_the_link(load, now) for load in self._loads):
             self._quiet_from = now + QUIET
         order = sorted(self._loads, key=lambda load: (load.priority, load.number))
         self._favour(order, now)
@@ -223,6 +224,10 @@ class Scheduler:
     def _must_be_quiet(self, load: Load, now: float) -> bool:
         return load.priority in _ONLY_WHEN_QUIET and now < self._quiet_from
 
+    def _is_reader_with_the_link(self, load: Load, now: float) -> bool:
+        """A reader whose cache is silent leaves the link to others: it may be so for minutes."""
+        return load.priority is Priority.READER and not self._is_held_back(load, now)
+
     def _share(self, load: Load, now: float) -> _Share:
         used = not self._is_held_back(load, now)
         remaining = math.inf if load.remaining is None else load.remaining
@@ -234,7 +239,11 @@ class Scheduler:
 
     def _is_held_back(self, load: Load, now: float) -> bool:
         """Whether it is the server that limits it, so that the link would be idle if it were alone."""
-        if load.lately is None or now - load.resumed < TRIAL or not load.is_hungry:
+        if load.lately is None or now - load.resumed < TRIAL:
+            return False
+        if load.waits_since is not None and now - load.waits_since > TRIAL:
+            return True  # it is silent
+        if not load.is_hungry:
             return False
         return load.lately.rate(now) < LEAST_SHARE * self._rate.value
 

@@ -16,7 +16,7 @@ from fusesnap.daemon.build import Node
 from fusesnap.errors import Unavailable
 from fusesnap.substituter.breaker import BreakerState
 
-from .conftest import LARGE, MANY, SMALL, MakeNode
+from .conftest import LARGE, MANY, SMALL, MakeNode, publish
 
 FAST = Link(rate=80e6, round_trip=0.002)
 HALF = len(LARGE.file) // 2
@@ -110,6 +110,29 @@ async def test_a_link_that_is_down_for_good_is_given_up_and_noticed_when_it_is_b
         way.link.mend()
         await node.realiser.realise(LARGE.path)
         assert node.pool.states()[0].reachable
+
+
+async def test_while_one_cache_is_silent_everything_else_comes_from_the_others(
+    make_node: MakeNode,
+    caches: BadCaches,
+    nursery: trio.Nursery,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    alone = publish(tmp_path_factory.mktemp("alone") / "files", LARGE)
+    with bad_caches(tmp_path_factory.mktemp("nginx-alone"), alone) as silent:
+        way = await carried(nursery, FAST, silent.port)
+        others = publish(tmp_path_factory.mktemp("others") / "files", SMALL, *MANY[:5])
+        async with make_node(silent.url("good", way.port), f"file://{others}") as node:
+            await node.realiser.admit([LARGE.path, SMALL.path, *(each.path for each in MANY[:5])])
+            async with trio.open_nursery() as reading:
+                reading.start_soon(node.realiser.realise, LARGE.path)
+                await until(lambda: received(node) > HALF // 2)
+                way.link.silence()
+                await node.realiser.realise(SMALL.path)
+                node.realiser.request([each.path for each in MANY[:5]])
+                await until(lambda: all(node.store.is_committed(each.path) for each in MANY[:5]))
+                assert not node.store.is_committed(LARGE.path)
+                way.link.mend()
 
 
 async def fails(node: Node, url: str) -> None:

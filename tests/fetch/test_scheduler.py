@@ -11,7 +11,9 @@ from fusesnap.fetch.priority import Priority
 from fusesnap.fetch.scheduler import (
     FIRST_WINDOW,
     LOOK_AGAIN,
+    QUIET,
     STARVED,
+    TRIAL,
     TURN,
     LinkLimits,
     Load,
@@ -61,6 +63,33 @@ def test_nothing_starves_and_a_turn_ends(scheduler: Scheduler) -> None:
     for times in ran.values():
         assert STARVED <= times[0] <= STARVED + 2 * TURN
         assert len(times) * LOOK_AGAIN <= 4 * TURN
+
+
+@pytest.mark.parametrize("worked", [0.0, 50.0])
+def test_a_reader_whose_cache_is_silent_leaves_the_link_to_others(
+    scheduler: Scheduler, worked: float
+) -> None:
+    reader = add(scheduler, Priority.READER, source="silent")
+    completion = add(scheduler, Priority.COMPLETION, source="other")
+    for _ in passing(scheduler, reader, seconds=2):
+        assert completion.state is LoadState.WAITING
+    silent_from = 2.0
+    scheduler.fed(reader, 0.0, worked)
+    reader.waits_since = silent_from
+    times = [silent_from + step * LOOK_AGAIN for step in range(1, 60)]
+    ran = []
+    for now in times:
+        scheduler.decide(now)
+        if completion.state is LoadState.RUNNING:
+            ran.append(now)
+    began = silent_from + TRIAL + QUIET
+    assert began <= ran[0] <= began + 2 * LOOK_AGAIN
+    assert reader.state is LoadState.RUNNING
+    reader.waits_since = None
+    for now in (times[-1] + step * LOOK_AGAIN for step in range(8)):
+        scheduler.received(reader, MIB, now)
+        scheduler.decide(now)
+    assert completion.state is LoadState.PAUSED
 
 
 def test_it_says_nothing_of_what_stays_as_it_is(scheduler: Scheduler) -> None:
