@@ -41,10 +41,11 @@ from fusesnap.nix.startup_trace import Ending, StartupTrace
 from fusesnap.snapshots.mountinfo import devices
 
 LOOK_EVERY: Final = 0.1  # seconds between two looks whether the start is over
-NEEDED: Final = ("unshare", "sh", "mount", "chroot", "mkdir", "chmod")
+NEEDED: Final = ("unshare", "sh", "mount", "env", "chroot", "mkdir", "chmod")
 
 # In namespaces of its own: an overlay that can be written to, above the mount; what every program expects to find; and
-# then the command as the first process of it all. $1 is a scratch directory, $2 the mount, $3 more overlay options.
+# then the command as the first process of it all. $1 is a scratch directory, $2 the mount, $3 more overlay options; the
+# rest is what to do then.
 SET_UP: Final = """\
 set -e
 mount -t tmpfs tmpfs "$1"
@@ -58,7 +59,7 @@ mount --rbind /sys sys
 mount -t tmpfs tmpfs tmp
 chmod 1777 tmp
 shift 3
-exec chroot . "$@"
+exec "$@"
 """
 
 
@@ -164,9 +165,10 @@ async def running(command: Command, scratch: Path) -> AsyncIterator[trio.Process
         words += ["--user", "--map-root-user"]
         options = ",userxattr"
     words += ["sh", "-c", SET_UP, "sh", str(scratch / "root"), str(scratch / "mount"), options]
-    process = await trio.lowlevel.open_process(
-        [*words, *command.words], env={**command.environment}, start_new_session=False
-    )
+    # The command's own PATH is of its root: what sets that up is found by ours.
+    variables = [f"{name}={value}" for name, value in command.environment.items()]
+    words += ["env", "-i", *variables, shutil.which("chroot") or "chroot", "."]
+    process = await trio.lowlevel.open_process([*words, *command.words], start_new_session=False)
     try:
         yield process
     finally:

@@ -25,14 +25,25 @@ from testbed.binary_cache import (
     write_cache,
 )
 from testbed.containerd_configuration import Release
-from testbed.fusesnap_daemon import Source
+from testbed.fusesnap_daemon import PROGRAM, Source
 from testbed.link_process import slow_link
 from testbed.nix_store import NixStore
+from testbed.processes import run
 from testbed.registry import Registry, registry
 from testbed.workplace import default_work, run_directory
 
 from benchmarks.charts import Group, bar_chart, sides_of
-from benchmarks.coldstart_sides import Eager, Fusesnap, Ordinary, Scene, Side, Started, Warm, start
+from benchmarks.coldstart_sides import (
+    START_SECONDS,
+    Eager,
+    Fusesnap,
+    Ordinary,
+    Scene,
+    Side,
+    Started,
+    Warm,
+    start,
+)
 from benchmarks.coldstart_workloads import WORKLOADS, Built, Workload
 from benchmarks.touched_pages import PAGE, Touched, touched
 
@@ -138,6 +149,7 @@ def sides() -> list[Side]:
         Warm(),
         Fusesnap("fusesnap, stock cache", "stock"),
         Fusesnap("fusesnap, published cache", "published"),
+        Fusesnap("fusesnap, published with trace", "traced"),
         Eager(),
         Eager(copying=True),
         Ordinary("gzip"),
@@ -147,11 +159,10 @@ def sides() -> list[Side]:
 
 @dataclass(frozen=True, slots=True)
 class Ready:
-    """A workload whose images are in the registry and whose closure is in a cache."""
+    """A workload whose images are in the registry and whose closure is in caches, by name."""
 
     built: Built
-    files: CacheFiles
-    published: CacheFiles
+    caches: dict[str, CacheFiles]
     images: dict[str, str]
 
 
@@ -161,17 +172,41 @@ def make_ready(
     """Build what is not there yet."""
     built = Built.make(workload, NixStore(work / "store"))
     name = f"cold-{workload.name}"
-    files = write_cache(built.store, [built.closure.root], work / f"cache-{name}", key=key)
     archives = {kind: directory / f"{name}-{kind}.tar" for kind in KINDS}
     built.nix_image(archives["nix"])
     for kind in KINDS[1:]:
         built.ordinary_image(archives[kind], kind)
+    caches = {
+        "stock": write_cache(built.store, [built.closure.root], work / f"cache-{name}", key=key),
+        "published": publish_cache(
+            built.store, [built.closure.root], work / f"published-{name}", key
+        ),
+    }
+    caches["traced"] = add_trace(built, caches["published"], archives["nix"], key, directory)
     names = {kind: f"{archive.stem}:latest" for kind, archive in archives.items()}
     for kind, archive in archives.items():
         images.push(archive, names[kind])
         archive.unlink()
-    published = publish_cache(built.store, [built.closure.root], work / f"published-{name}", key)
-    return Ready(built, files, published, names)
+    return Ready(built, caches, names)
+
+
+def add_trace(
+    built: Built, published: CacheFiles, image: Path, key: SigningKey, directory: Path
+) -> CacheFiles:
+    """The same cache with the trace of a start."""
+    traced = directory / f"traced-{built.workload.name}"
+    run(["cp", "--archive", "--link", published.directory, traced])
+    state: list[str | Path] = ["--state", directory / f"recorded-{built.workload.name}"]
+    source = Source([f"file://{published.directory}"], [key.public])
+    variables = [f"{name}={value}" for name, value in built.environment.items()]
+    options = [word for variable in variables for word in ("--env", variable)]
+    recorded = directory / "recorded.trace"
+    command = [PROGRAM, "trace", "record", *state, *source.options, *options, "-o", recorded]
+    command += [f"oci-archive:{image}", "--", *built.workload.command]
+    run(command, timeout=START_SECONDS)
+    export: list[str | Path] = ["--secret-key-file", key.secret_file, "--cache", traced]
+    run([PROGRAM, "trace", "export", *state, *export, built.closure.root])
+    return CacheFiles(traced)
 
 
 @contextlib.contextmanager
@@ -179,21 +214,25 @@ def scene(
     ready: Ready, profile: Profile, key: SigningKey, images: Registry, directory: Path
 ) -> Iterator[Scene]:
     """Everything behind one link."""
-    with (
-        http_cache(ready.files, directory / "nginx") as cache,
-        http_cache(ready.published, directory / "published-nginx") as published,
-        slow_link(
-            {"stock": cache.port, "published": published.port, "registry": images.port},
-            directory,
-            rate=profile.rate,
-            round_trip=profile.round_trip,
-        ) as link,
-    ):
+    with contextlib.ExitStack() as stack:
+        caches = {
+            name: stack.enter_context(http_cache(files, directory / f"nginx-{name}"))
+            for name, files in ready.caches.items()
+        }
+        ports = {name: cache.port for name, cache in caches.items()}
+        link = stack.enter_context(
+            slow_link(
+                {**ports, "registry": images.port},
+                directory,
+                rate=profile.rate,
+                round_trip=profile.round_trip,
+            )
+        )
         port = link.port("registry")
         references = {
             kind: images.reference(name, port=port) for kind, name in ready.images.items()
         }
-        local = Source([cache.url], [key.public])
+        local = Source([caches["stock"].url], [key.public])
         yield Scene(
             ready.built, link, key, references, local, images.reference(ready.images["nix"])
         )

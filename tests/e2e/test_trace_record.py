@@ -22,7 +22,11 @@ def test_a_recorded_start_is_complete(
     read = f"cat {simple.tree}/self; tail -c 9 {simple.large}/data >/tmp/x; sleep 1000"
     # It goes on, and is ended when it has read nothing new for a while; in its root it may write.
     done = run_unchecked(
-        [*record, "--idle", "0.5", "-o", work / "trace", "--", "sh", "-c", read],
+        [
+            *record,
+            *("--idle", "0.5", "-o", work / "trace", "--env", f"PATH={simple.root}/bin"),
+            *("--", "sh", "-c", read),
+        ],
         timeout=60,
         env={"TMPDIR": str(work)},
     )
