@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterable, Mapping
+from collections.abc import AsyncIterator, Iterable, Mapping
+from contextlib import AbstractAsyncContextManager, suppress
 from dataclasses import dataclass
 from typing import Final
 
@@ -25,9 +26,12 @@ from fusesnap.nix.tree import EntryKind, Tree
 from fusesnap.store.local_store import LocalStore
 from fusesnap.store.storage_errors import storage
 from fusesnap.substituter.pool import SubstituterPool
+from fusesnap.substituter.retry import PartsUnsupported
 
-# Each is a connection of its own over HTTP/1.1, which is closed when the first bytes are there.
+# Where a cache cannot send a part, each is a connection of its own, which is closed when the first bytes are there.
 AT_ONCE: Final = 8
+# Of a NAR's file, to begin with: what zstd compresses at once has at most 128 KiB, and headers before it.
+_PART: Final = 160 * 1024
 # The root of a NAR begins within 112 bytes; the target of a link has at most 4,095.
 _MOST: Final = 64 * 1024
 
@@ -90,13 +94,29 @@ class KindFinder:
 
     async def _first_bytes(self, path: StorePath) -> Root:
         offer = await self._pool.find(path)
-        reader = _Reader(offer.narinfo)
-        async with offer.substituter.nar(offer.narinfo) as pieces:
-            async for piece in pieces:
-                root = reader.receive(piece)
+        info = offer.narinfo
+        if info.file_size is not None and info.file_size > _PART:
+            with suppress(PartsUnsupported):
+                root = await _read(info, offer.substituter.part(info, 0, _PART))
                 if root is not None:
                     return root
-        raise InvalidData(f"{path}: its NAR ends before it begins")
+        root = await _read(info, offer.substituter.nar(info))
+        if root is None:
+            raise InvalidData(f"{path}: its NAR ends before it begins")
+        return root
+
+
+async def _read(
+    info: NarInfo, opening: AbstractAsyncContextManager[AsyncIterator[bytes]]
+) -> Root | None:
+    """Read a NAR's file, or the beginning of it, as far as its first object; None where that does not come."""
+    reader = _Reader(info)
+    async with opening as pieces:
+        async for piece in pieces:
+            root = reader.receive(piece)
+            if root is not None:
+                return root
+    return None
 
 
 class _Reader:

@@ -9,7 +9,6 @@ import os
 import subprocess
 import sys
 import tarfile
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,33 +28,16 @@ from testbed.synthetic import SimpleClosure
 from fusesnap.images.opening import open_image
 from fusesnap.images.platform import Platform
 
+from .commands import fusesnap
 from .conftest import Node
 
 FUSESNAP = Path(sys.executable).with_name("fusesnap")
 
 
-def build(
-    state: Path,
-    caches: str,
-    key: SigningKey,
-    *arguments: str | Path,
-    environment: Mapping[str, str] | None = None,
-    umask: int = 0o022,
-) -> str:
+def build(state: Path, caches: str, key: SigningKey, *arguments: str | Path) -> str:
     """Run ``fusesnap image build``; returns what it says on both streams. Raises CommandFailed."""
     options = ["--state", state, "-s", caches, "--trusted-public-key", key.public]
-    command = [str(word) for word in (FUSESNAP, "image", "build", *arguments, *options)]
-    done = subprocess.run(
-        command,
-        env={**os.environ, **(environment or {})},
-        umask=umask,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if done.returncode:
-        raise CommandFailed(f"{done.returncode}: {done.stderr}")
-    return done.stderr + done.stdout
+    return fusesnap("image", "build", *arguments, *options)
 
 
 def parts(archive: Path) -> tuple[Any, Any, dict[str, tuple[bytes, int, str]]]:
@@ -82,17 +64,28 @@ def test_the_same_bytes_each_time_and_what_nix_snapshotter_would_have_made(
     # A link to a directory within a path: what it is, that path says.
     fetched = [path.name for path in (work / "a/layer/.fusesnap-store").iterdir()]
     assert fetched == [Path(simple.tree).name]
-    build(
-        work / "b",
-        f"file://{cache_files.directory}",
-        key,
+    received = sum(request.size for request in cache.requests())
+    assert received < cache_files.compressed_size(simple.closure.paths) / 4
+    caches = ["-s", f"file://{cache_files.directory}", "--trusted-public-key", key.public]
+    again = [
         simple.root,
         *options,
         "--realise",
         "-o",
-        work / "b.tar",
-        environment={"LC_ALL": "C", "TZ": "Pacific/Kiritimati", "HOME": "/nowhere"},
+        str(work / "b.tar"),
+        "--state",
+        str(work / "b"),
+    ]
+    subprocess.run(
+        [FUSESNAP, "image", "build", *again, *caches],
+        env={
+            **os.environ,
+            "LC_ALL": "C",
+            "TZ": "Pacific/Kiritimati",
+            "HOME": "/nowhere",
+        },
         umask=0o077,
+        check=True,
     )
     data = (work / "a.tar").read_bytes()
     assert data == (work / "b.tar").read_bytes()

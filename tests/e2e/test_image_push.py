@@ -6,7 +6,6 @@ import base64
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +18,18 @@ from testbed.processes import CommandFailed
 from testbed.registry import SECRET, USER, registry
 from testbed.synthetic import SimpleClosure
 
+from .commands import fusesnap
 from .conftest import Node
 
-FUSESNAP = Path(sys.executable).with_name("fusesnap")
 
-
-def fusesnap(*arguments: object, home: Path | None = None) -> str:
-    """Run ``fusesnap image`` and return what it says. Raises CommandFailed."""
-    command = [str(word) for word in (FUSESNAP, "image", *arguments)]
-    environment = {**os.environ, "DOCKER_CONFIG": str(home or "/nowhere"), "XDG_RUNTIME_DIR": ""}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-    if done.returncode:
-        raise CommandFailed(f"{done.returncode}: {done.stderr}")
-    return done.stdout
+def image(*words: object, home: Path | None = None) -> str:
+    """Run ``fusesnap image``, with the passwords in ``home`` alone."""
+    environment = {
+        "DOCKER_CONFIG": str(home or "/nowhere"),
+        "XDG_RUNTIME_DIR": "",
+        "HOME": "/nowhere",
+    }
+    return fusesnap("image", *words, environment=environment)
 
 
 def test_pushed_and_pulled_and_run(
@@ -47,17 +45,17 @@ def test_pushed_and_pulled_and_run(
     base = write_image(
         work / "base.tar", [ordinary_layer({"large": os.urandom(20 << 20)})], name="base:1"
     )
-    fusesnap("build", simple.script, "--from", base, "-t", reference, "-o", work / "a.tar", *source)
-    said = fusesnap("push", work / "a.tar", *source)
+    image("build", simple.script, "--from", base, "-t", reference, "-o", work / "a.tar", *source)
+    said = image("push", work / "a.tar", *source)
     assert said.startswith(f"{reference}@sha256:")
     assert "3 blobs with" in said
     assert ", 0 were there" in said
-    assert "0 blobs with 0 B sent, 3 were there" in fusesnap("push", work / "a.tar", *source)
+    assert "0 blobs with 0 B sent, 3 were there" in image("push", work / "a.tar", *source)
     node.containerd.pull(reference)
     assert node.containerd.run(reference, "one") == "hello from a store path\n"
     # A package itself, under a name of its own.
     made = node.registry.reference("made-by-us:1")
-    fusesnap("push", f"nix:0{simple.script}", made, *source)
+    image("push", f"nix:0{simple.script}", made, *source)
     copied = subprocess.run(
         ["skopeo", "inspect", "--tls-verify=false", f"docker://{made}"],
         capture_output=True,
@@ -67,7 +65,7 @@ def test_pushed_and_pulled_and_run(
 
 
 def test_a_registry_with_passwords(tmp_path: Path) -> None:
-    image = write_image(tmp_path / "a.tar", [ordinary_layer({"x": b""})], name="x:1")
+    archive = write_image(tmp_path / "a.tar", [ordinary_layer({"x": b""})], name="x:1")
     with registry(tmp_path, locked=True) as locked:
         target = locked.reference("x:1")
         host = target.partition("/")[0]
@@ -77,11 +75,11 @@ def test_a_registry_with_passwords(tmp_path: Path) -> None:
         ):
             write_config(tmp_path, host, stored)
             with pytest.raises(CommandFailed) as caught:
-                fusesnap("push", image, target, "--state", tmp_path / "s", home=tmp_path)
+                image("push", archive, target, "--state", tmp_path / "s", home=tmp_path)
             assert str(caught.value).startswith("78: ")
             assert reason in str(caught.value)
         write_config(tmp_path, host, f"{USER}:{SECRET}")
-        said = fusesnap("push", image, target, "--state", tmp_path / "s", home=tmp_path)
+        said = image("push", archive, target, "--state", tmp_path / "s", home=tmp_path)
         assert said.startswith(target)
 
 
@@ -104,7 +102,7 @@ def test_inspect(
     ]
     prefetch(work / "s", [simple.busybox], source=Source([cache.url], [key.public]))
     source = ["--state", work / "s", "-s", cache.url, "--trusted-public-key", key.public]
-    report: dict[str, Any] = json.loads(fusesnap("inspect", archives[0], "--json", *source))
+    report: dict[str, Any] = json.loads(image("inspect", archives[0], "--json", *source))
     paths = {path["path"]: path for path in report["paths"]}
     assert paths.keys() == set(simple.closure.paths)
     assert [path for path, facts in paths.items() if facts["present"]] == [simple.busybox]
@@ -112,7 +110,7 @@ def test_inspect(
     assert report["nar_size"] == simple.closure.nar_size
     assert [layer["store_paths"] for layer in report["layers"]] == [0, len(paths)]
     assert report["config"]["Entrypoint"] == ["/bin/sh", "a b"]
-    said = fusesnap("inspect", archives[1], *source)
+    said = image("inspect", archives[1], *source)
     assert "entrypoint /bin/sh 'a b'" in said
     assert f"{len(paths)} store paths with" in said
     assert "1 are here" in said

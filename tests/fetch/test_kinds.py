@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import lzma
+import random
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -18,7 +20,7 @@ from fusesnap.store.local_store import LocalStore
 from fusesnap.substituter.memory import Fault, MemorySubstituter
 from fusesnap.substituter.narinfo_cache import NarInfoCache
 from fusesnap.substituter.pool import SubstituterPool
-from fusesnap.substituter.retry import RetryPolicy
+from fusesnap.substituter.retry import PartsUnsupported, RetryPolicy
 
 from ..store import conftest as made
 from ..substituter.samples import KEY, TRUSTED
@@ -72,6 +74,32 @@ async def test_first_bytes(finder: KindFinder, cache: MemorySubstituter, store: 
         paths["link"]: Root(EntryKind.SYMLINK, b"/nix/store/" + b"x" * 4000),
     }
     assert not any(store.is_committed(path) for path in paths.values())
+
+
+@pytest.mark.parametrize("unpackers", ["threads"], indirect=True)
+@pytest.mark.parametrize("parts", [True, False])
+async def test_of_a_large_file_only_the_beginning_is_asked_for(
+    finder: KindFinder,
+    cache: MemorySubstituter,
+    store: LocalStore,
+    monkeypatch: pytest.MonkeyPatch,
+    parts: bool,
+) -> None:
+    path = publish(cache, "large", {"file": random.Random(1).randbytes(1_000_000)})  # noqa: S311
+    asked: list[tuple[int, int]] = []
+    part = cache.part
+
+    def counted(info: NarInfo, start: int, end: int) -> Any:
+        asked.append((start, end))
+        if not parts:
+            raise PartsUnsupported("memory://cache: whole files only")
+        return part(info, start, end)
+
+    monkeypatch.setattr(cache, "part", counted)
+    assert await finder.roots([path]) == {path: Root(EntryKind.DIRECTORY)}
+    assert asked == [(0, 160 * 1024)]
+    assert cache.requests.count("nar/large.nar") == 1
+    assert not store.is_committed(path)
 
 
 @pytest.mark.parametrize("unpackers", ["threads"], indirect=True)
