@@ -65,6 +65,11 @@ class Fetch(BaseModel):
         True,
         description="fetch the rest of running containers' closures while no program waits; false: on metered links",
     )
+    look_ahead: Literal["loader", "references", "both", "none"] | None = Field(
+        None,
+        description="what to fetch before a program asks, where there is no trace: what the dynamic loader will "
+        "want, what a path refers to; both if not given, loader where complete is false",
+    )
     lookups: int = Field(64, ge=1, le=1024, description="narinfos asked for at once")
     unpackers: int = Field(
         default_factory=lambda: min(os.cpu_count() or 1, 4),
@@ -87,6 +92,12 @@ class Fetch(BaseModel):
         ge=0,
         description="bytes a second below which a path that is slow by itself is had from another cache; 0: never",
     )
+
+    @property
+    def follows(self) -> frozenset[str]:
+        """What is looked ahead by: ``loader``, ``references``."""
+        ahead = self.look_ahead or ("both" if self.complete else "loader")
+        return frozenset({"both": ("loader", "references"), "none": ()}.get(ahead, (ahead,)))
 
     @field_validator("min_rate", "bandwidth", mode="before")
     @classmethod

@@ -175,3 +175,19 @@ def test_metrics_are_at_an_address_or_a_socket(
 def test_another_address_of_metrics_is_refused(tmp_path: Path, text: str) -> None:
     with pytest.raises(InvalidConfiguration, match=r"fusesnap.toml: metrics: .*(expected|port)"):
         load(write(tmp_path, f'metrics = "{text}"\n'), {})
+
+
+@pytest.mark.parametrize(
+    ("text", "follows"),
+    [
+        ("", {"loader", "references"}),
+        ("complete = false", {"loader"}),
+        ('complete = false\nlook-ahead = "references"', {"references"}),
+        ('look-ahead = "none"', set()),
+    ],
+)
+def test_bytes_that_may_cost_something_are_not_fetched_on_a_guess(
+    tmp_path: Path, text: str, follows: set[str]
+) -> None:
+    settings = load(write(tmp_path, f"[fetch]\n{text}\n"), {})
+    assert settings.fetch.follows == follows

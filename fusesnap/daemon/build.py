@@ -28,9 +28,11 @@ from fusesnap.errors import FusesnapError, StorageFailure
 from fusesnap.fetch.builder import Builder, CommandBuilder
 from fusesnap.fetch.chunked_paths import ChunkedPaths
 from fusesnap.fetch.contents import Contents
+from fusesnap.fetch.events import FetchEvent
 from fusesnap.fetch.link import Link, open_link
 from fusesnap.fetch.loader import Loader
 from fusesnap.fetch.realiser import Limits, Realiser
+from fusesnap.fetch.references import References
 from fusesnap.fetch.scheduler import LinkLimits
 from fusesnap.fetch.unpack_processes import UnpackProcesses
 from fusesnap.fetch.unpacking import ThreadUnpackers
@@ -276,6 +278,13 @@ async def open_node(
             ThreadUnpackers(store),
         )
         chunked = await open_chunked_paths(settings, store, pool, link, nursery)
+        follows = settings.fetch.follows
+
+        def heard(event: FetchEvent) -> None:
+            telemetry.fetch(event)
+            if "references" in follows:
+                references.heard(event)
+
         realiser = Realiser(
             store,
             pool,
@@ -284,12 +293,13 @@ async def open_node(
             nursery,
             limits,
             identify,
-            telemetry.fetch,
+            heard,
             open_builder(settings, store),
             chunked,
         )
         contents = Contents(store, realiser, chunked, nursery)
-        loader = Loader(store, store_dir, contents, nursery)
+        references = References(store, contents.request, nursery)
+        loader = Loader(store, store_dir, contents, nursery, follows="loader" in follows)
         try:
             yield Node(
                 settings,

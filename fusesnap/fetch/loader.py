@@ -31,20 +31,27 @@ MAX_FOLLOWED = 4096  # files that one start leads to; a loop of a stranger's mak
 
 
 class Loader:
-    """Follows what was opened, in ``nursery``, behind the back of whoever opened it."""
+    """Follows what was opened, in ``nursery``, behind the back of whoever opened it; nothing unless it ``follows``."""
 
     def __init__(
-        self, store: LocalStore, store_dir: StoreDir, contents: Contents, nursery: trio.Nursery
+        self,
+        store: LocalStore,
+        store_dir: StoreDir,
+        contents: Contents,
+        nursery: trio.Nursery,
+        *,
+        follows: bool = True,
     ) -> None:
         self._store = store
         self._prefix = os.fsencode(store_dir.path) + b"/"
         self._contents = contents
         self._nursery = nursery
+        self._follows = follows
         self._followed: set[tuple[int, int]] = set()
 
     def opened(self, ordinal: int, tree: Tree, index: int) -> None:
         """Somebody opened a file of a path. Returns at once; what cannot be followed is let be."""
-        if (ordinal, index) in self._followed:
+        if not self._follows or (ordinal, index) in self._followed:
             return
         entry = tree.entries[index]
         if entry.kind is EntryKind.REGULAR and (entry.executable or b".so" in entry.name):

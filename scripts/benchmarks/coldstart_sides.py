@@ -100,7 +100,10 @@ class Fusesnap(Side):
         """See Side."""
         with (
             fusesnap_daemon(
-                directory / "s", source=scene.source(self._cache), options=self._options
+                directory / "s",
+                source=scene.source(self._cache),
+                options=self._options,
+                complete=True,  # as it comes
             ) as daemon,
             containerd(directory / "c", proxy=daemon.address) as client,
         ):
