@@ -106,13 +106,13 @@ class Substituter(Protocol):
         """
 
     def part(
-        self, info: NarInfo, start: int, end: int
+        self, info: NarInfo, start: int, end: int, retries: Retries | None = None
     ) -> AbstractAsyncContextManager[AsyncIterator[bytes]]:
         """Read the bytes from ``start`` up to ``end`` of the file that ``info`` names.
 
-        Like :meth:`nar`; the iterator gives exactly so many bytes or raises, also :class:`~.retry.PartsUnsupported`
-        where the cache can only send the whole file. It may be another file by now: whoever reads knows what the part
-        must hash to.
+        Like :meth:`nar`, also in its ``retries``; the iterator gives exactly so many bytes or raises, also
+        :class:`~.retry.PartsUnsupported` where the cache can only send the whole file. It may be another file by now:
+        whoever reads knows what the part must hash to.
         """
 
     async def small_file(self, name: str, limit: int) -> bytes:

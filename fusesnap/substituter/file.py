@@ -75,7 +75,7 @@ class FileSubstituter:
 
     @asynccontextmanager
     async def part(
-        self, info: NarInfo, start: int, end: int
+        self, info: NarInfo, start: int, end: int, retries: Retries | None = None
     ) -> AsyncGenerator[AsyncIterator[bytes]]:
         async with aclosing(self._part(info.url, start, end)) as pieces:
             yield pieces

@@ -138,10 +138,11 @@ class HttpSubstituter:
 
     @asynccontextmanager
     async def part(
-        self, info: NarInfo, start: int, end: int
+        self, info: NarInfo, start: int, end: int, retries: Retries | None = None
     ) -> AsyncGenerator[AsyncIterator[bytes]]:
         where = f"{self.url}: {info.url}"
-        reading = self._file(info, PartTransfer(where, info, start, end), self._retry.start())
+        transfer = PartTransfer(where, info, start, end)
+        reading = self._file(info, transfer, retries or self._retry.start())
         async with aclosing(reading) as pieces:
             yield pieces
 

@@ -20,7 +20,14 @@ from fusesnap.nix.cache_info import CacheInfo
 from fusesnap.nix.narinfo import NarInfo
 from fusesnap.nix.store_path import HashPart, StorePath
 from fusesnap.substituter.base import Bookmark
-from fusesnap.substituter.retry import Retries, RetryPolicy, Throttled, may_mend
+from fusesnap.substituter.retry import (
+    CannotContinue,
+    PartsUnsupported,
+    Retries,
+    RetryPolicy,
+    Throttled,
+    may_mend,
+)
 
 # Seconds after which trouble is no hiccup any more: then others are asked.
 _HASTE: Final = 3.0
@@ -79,7 +86,7 @@ class Gate(Protocol):
         """The file's pieces, without any judgement of how they come."""
 
     def part(
-        self, info: NarInfo, start: int, end: int
+        self, info: NarInfo, start: int, end: int, retries: Retries
     ) -> AbstractAsyncContextManager[AsyncIterator[bytes]]: ...
 
     async def small_file(self, name: str, limit: int) -> bytes: ...
@@ -273,25 +280,40 @@ class PatientSubstituter:
         self, info: NarInfo, retries: Retries | None = None, bookmark: Bookmark | None = None
     ) -> AsyncGenerator[AsyncIterator[bytes]]:
         """As the protocol says. Retries of its own."""
+        async with self._patiently(
+            info, lambda own: self._gate.pieces(info, own, bookmark)
+        ) as pieces:
+            yield pieces
+
+    @asynccontextmanager
+    async def part(
+        self, info: NarInfo, start: int, end: int, retries: Retries | None = None
+    ) -> AsyncGenerator[AsyncIterator[bytes]]:
+        """As the protocol says. Retries of its own."""
+        async with self._patiently(
+            info, lambda own: self._gate.part(info, start, end, own)
+        ) as pieces:
+            yield pieces
+
+    @asynccontextmanager
+    async def _patiently(
+        self,
+        info: NarInfo,
+        read: Callable[[Retries], AbstractAsyncContextManager[AsyncIterator[bytes]]],
+    ) -> AsyncGenerator[AsyncIterator[bytes]]:
         patient = PatientRetries(
             self._policy, self._gate, self._patience.stall, self._elsewhere, self._clock
         )
         self._traffic.transfers += 1
         try:
             async with (
-                self._gate.pieces(info, patient, bookmark) as pieces,
+                read(patient) as pieces,
                 aclosing(self._judged(info, pieces, patient)) as judged,
             ):
                 yield judged
         finally:
             self._traffic.transfers -= 1
             patient.end()
-
-    def part(
-        self, info: NarInfo, start: int, end: int
-    ) -> AbstractAsyncContextManager[AsyncIterator[bytes]]:
-        """As the protocol says. A part is small: patience with it is that of a request."""
-        return self._gate.part(info, start, end)
 
     async def small_file(self, name: str, limit: int) -> bytes:
         return await self._gate.small_file(name, limit)
@@ -311,6 +333,8 @@ class PatientSubstituter:
                 if slow:
                     await self._give_up_if_elsewhere(info)
                 asked_at = self._clock()
+        except (CannotContinue, PartsUnsupported):
+            raise  # of the way in which the cache serves: it is as good as before
         except (Unavailable, InvalidData) as error:
             if error is not patient.noted:
                 self._gate.note_failure(error)

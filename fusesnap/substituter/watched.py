@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
-from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AbstractAsyncContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -189,22 +189,11 @@ class WatchedSubstituter:
         """The NAR, without learning from how it goes: who reads it tells that."""
         return self._substituter.nar(info, retries, bookmark)
 
-    @asynccontextmanager
-    async def part(
-        self, info: NarInfo, start: int, end: int
-    ) -> AsyncGenerator[AsyncIterator[bytes]]:
-        self.check_silence()
-        with self._noting():
-            async with (
-                self._substituter.part(info, start, end) as pieces,
-                aclosing(self._counted(pieces)) as counted,
-            ):
-                yield counted
-
-    async def _counted(self, pieces: AsyncIterator[bytes]) -> AsyncGenerator[bytes]:
-        async for piece in pieces:
-            self.note_piece(len(piece))
-            yield piece
+    def part(
+        self, info: NarInfo, start: int, end: int, retries: Retries
+    ) -> AbstractAsyncContextManager[AsyncIterator[bytes]]:
+        """A part of it, in the same way."""
+        return self._substituter.part(info, start, end, retries)
 
     async def small_file(self, name: str, limit: int) -> bytes:
         self.check_silence()

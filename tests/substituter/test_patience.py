@@ -94,6 +94,31 @@ async def test_a_link_that_comes_back_in_time_loses_nothing(
     assert pool.states()[0].breaker is BreakerState.CLOSED
 
 
+async def test_a_part_is_waited_for_in_the_same_way(
+    network: MemoryNetwork,
+    pool_of: MakePool,
+    nursery: trio.Nursery,
+    autojump_clock: MockClock,
+) -> None:
+    start, end = 1_000, 150_000
+
+    def part(first: int, **changes: bool) -> Reply:
+        headers = {"Content-Range": f"bytes {first}-{end - 1}/{len(BIG.file)}"}
+        stop_at = HALF if changes else None
+        return Reply(206, BIG.file[first:end], headers, stop_at=stop_at, **changes)
+
+    server = published(network, "cache", part(start, stall=True), part(start + HALF))
+    pool = pool_of("cache")
+    offer = await pool.find(BIG.path)
+    nursery.start_soon(go_down, network, "cache", 60)
+    async with offer.substituter.part(offer.narinfo, start, end) as pieces:
+        assert b"".join([piece async for piece in pieces]) == BIG.file[start:end]
+    assert asked_for_nar(server) == [
+        f"bytes={start}-{end - 1}",
+        f"bytes={start + HALF}-{end - 1}",
+    ]
+
+
 async def test_a_link_that_is_down_for_good_is_given_up_at_the_deadline_after_few_attempts(
     network: MemoryNetwork, pool_of: MakePool, autojump_clock: MockClock
 ) -> None:
