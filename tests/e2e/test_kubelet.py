@@ -296,6 +296,21 @@ def test_what_is_no_image_at_all_is_refused_with_the_reason(
     refused(node, simple.tree, simple.tree, "bin")
 
 
+@on_one
+def test_a_package_of_many_programs_says_so_when_it_is_started_without_a_command(
+    node: KubeletNode, simple: SimpleClosure
+) -> None:
+    id_ = node.kubelet.pull(f"nix:0{simple.root}")
+    pod = node.pod()
+    with (
+        node.kubelet.pod(pod) as identity,
+        pytest.raises(grpc.RpcError, match="programs and none of them is called simple"),
+    ):
+        node.kubelet.start(identity, pod, pod.container(id_))
+    node.kubelet.remove_image(id_)
+    node.wait_until_nothing_is_left()
+
+
 def refused(node: KubeletNode, path: str, *said: str) -> None:
     """An image cannot be had, and nothing is left; what is ``said`` is in the message."""
     with pytest.raises(grpc.RpcError) as caught:
