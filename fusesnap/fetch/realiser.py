@@ -326,7 +326,7 @@ class Realiser:
                 raise
             freed = await trio.to_thread.run_sync(self._store.room.free, self._size(flight.path))
             log.warning("%s: %s; removed %d paths", flight.path, error, len(freed.paths))
-            if not freed.paths:
+            if not freed.size:
                 raise
         return await self._fetch_kept(flight)
 

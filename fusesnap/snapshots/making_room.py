@@ -82,7 +82,7 @@ class SnapshotsWithRoom(Snapshots):
                 raise
             freed = await trio.to_thread.run_sync(self._room.free, WANTED)
             log.warning("%s; removed %d store paths", error, len(freed.paths))
-            if not freed.paths:
+            if not freed.size:
                 raise
         return await call()
 

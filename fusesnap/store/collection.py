@@ -75,7 +75,7 @@ class Collected:
 class Survey:
     """The committed paths of a moment. ``collectable``: those that no root reaches, the least recently used first.
 
-    Sizes are in bytes on disk.
+    Sizes are in bytes on disk; ``size`` is that of all of them, and of what is here of others.
     """
 
     size: int
@@ -110,17 +110,20 @@ class Collection:
         ] = {}  # of paths whose size is not in the database yet, by ordinal
 
     def size(self) -> int:
-        """The bytes that all committed paths take that are recorded. Writes nothing, unlike :meth:`measure`."""
+        """The bytes that all recorded paths take, and parts of paths. Writes nothing, unlike :meth:`measure`."""
         state = self._target.state
         unmeasured = state.unmeasured()
         known = self._sizes
         self._sizes = {
             path.ordinal: known.get(path.ordinal) or self._measure(path) for path in unmeasured
         }
-        return state.total_size() + sum(self._sizes.values())
+        return state.total_size() + sum(self._sizes.values()) + self._parts_size()
 
     def measure(self) -> int:
-        """Take note of what has come and gone since the last time; return the bytes that all committed paths take."""
+        """Take note of what has come and gone since the last time; return the bytes that all of it takes.
+
+        What is here of paths that are not committed counts too.
+        """
         self._adopt()
         state = self._target.state
         for name in sorted(state.all_recorded().keys() - self._there()):
@@ -128,7 +131,7 @@ class Collection:
         sizes = {path.ordinal: self._measure(path) for path in state.unmeasured()}
         if sizes:
             state.set_sizes(sizes)
-        return state.total_size()
+        return state.total_size() + self._parts_size()
 
     def survey(self) -> Survey:
         """Say what is there, and what of it could be collected now.
@@ -155,8 +158,7 @@ class Collection:
 
     def _collect(self, wanted: int | None, show: Callable[[Collected], None]) -> Collected:
         self.measure()
-        self._remove_parts()
-        done = Collected()
+        done = Collected(size=self._remove_parts())
         while wanted is None or done.size < wanted:
             freed = self._turn(None if wanted is None else wanted - done.size)
             if not freed.paths:
@@ -165,14 +167,22 @@ class Collection:
             show(done)
         return done
 
-    def _remove_parts(self) -> None:
-        """Remove what is here of paths that no root names, and that nobody reads: it is in nobody's account."""
+    def _parts_size(self) -> int:
+        """The bytes that parts of paths take: their files are sparse."""
+        with storage("measure", self._target.layout.partial), suppress(FileNotFoundError):
+            return measure(self._target.layout.partial)[0]
+        return 0
+
+    def _remove_parts(self) -> int:
+        """Remove what is here of paths that no root names, and that nobody reads; return the bytes that it took."""
+        before = self._parts_size()
         with self._lock.collecting():
             roots = self._roots()
             for path in remove_unwanted(
                 self._target.layout.partial, lambda p: p.base_name in roots
             ):
                 logger.info("%s: removed what was here of it", path)
+        return max(0, before - self._parts_size())
 
     def _roots(self) -> set[str]:
         nix = self._target.layout.nix
@@ -221,7 +231,8 @@ class Collection:
         dead = {path.base_name: path for path in stored if path.base_name not in live}
         order = {name: place for place, name in enumerate(_referrers_first(dead, references))}
         ordered = sorted(dead.values(), key=lambda path: (path.used, order[path.base_name]))
-        return Survey(sum(path.size for path in stored), len(stored), tuple(ordered))
+        size = sum(path.size for path in stored) + self._parts_size()
+        return Survey(size, len(stored), tuple(ordered))
 
     def _there(self) -> set[str]:
         with storage("list", self._target.layout.real):

@@ -271,7 +271,7 @@ class LocalStore:
         return self._collection.survey()
 
     def size(self) -> int:
-        """Return the bytes on disk of all committed paths."""
+        """Return the bytes on disk of all committed paths, and of what is here of others."""
         return self._collection.measure()
 
     def collect(

@@ -170,6 +170,24 @@ def test_sizes_are_known_without_a_write(
     assert len(measured) == 2
 
 
+def test_what_is_here_of_other_paths_counts_and_goes_first(
+    limited: Callable[..., LocalStore], make: Make, commit: Commit, tmp_path: Path
+) -> None:
+    store = limited(max_size=2 * NAR + SPACE)
+    (path,) = committed(store, make, commit, "old")
+    parts = tmp_path / "state" / "partial"
+    parts.mkdir()
+    sparse = parts / f"{make('other')[0].store_path.base_name}.nar"
+    with sparse.open("wb") as file:
+        file.truncate(100 * NAR)
+        file.write(bytes(2 * NAR))
+    assert 3 * NAR <= store.size() < 4 * NAR
+    assert store.survey().size == store.size()
+    assert store.room.reserve(NAR) is None
+    assert not sparse.exists()
+    assert store.is_committed(path)
+
+
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 8 MiB."""
