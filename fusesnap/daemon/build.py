@@ -28,7 +28,7 @@ from fusesnap.errors import FusesnapError, StorageFailure
 from fusesnap.fetch.builder import Builder, CommandBuilder
 from fusesnap.fetch.chunked_paths import ChunkedPaths
 from fusesnap.fetch.contents import Contents
-from fusesnap.fetch.events import FetchEvent
+from fusesnap.fetch.events import FetchEvent, ObserveFetch
 from fusesnap.fetch.link import Link, open_link
 from fusesnap.fetch.loader import Loader
 from fusesnap.fetch.realiser import Limits, Realiser
@@ -214,12 +214,13 @@ async def open_chunked_paths(
     pool: SubstituterPool,
     link: Link,
     nursery: trio.Nursery,
+    observe: ObserveFetch,
 ) -> ChunkedPaths:
     """What is fetched by the chunk. Raises ``StorageFailure``."""
     boot = UUID(Path(BOOT_ID).read_text(encoding="ascii").strip())  # noqa: ASYNC240 - the kernel has it at hand
     partials = await trio.to_thread.run_sync(PartialNars.in_state, settings.root, boot)
     keys, stall = trusted_keys(settings), settings.fetch.stall_timeout
-    return ChunkedPaths(store, pool, partials, keys, link, nursery, stall)
+    return ChunkedPaths(store, pool, partials, keys, link, nursery, stall, observe)
 
 
 def unpack_command(settings: Settings, linger: float = 0.0) -> list[str]:
@@ -277,7 +278,7 @@ async def open_node(
             nursery,
             ThreadUnpackers(store),
         )
-        chunked = await open_chunked_paths(settings, store, pool, link, nursery)
+        chunked = await open_chunked_paths(settings, store, pool, link, nursery, telemetry.fetch)
         follows = settings.fetch.follows
 
         def heard(event: FetchEvent) -> None:

@@ -17,13 +17,16 @@ from collections.abc import (
     Sequence,
 )
 from contextlib import aclosing, asynccontextmanager
+from functools import partial
 from typing import Final
 
 import trio
 
 from fusesnap.errors import DeadlineExceeded, FusesnapError, InvalidData, Unavailable
+from fusesnap.fetch.events import ObserveFetch, unobserved
 from fusesnap.fetch.flight import Flight
 from fusesnap.fetch.link import Link, Passage, PauseLost
+from fusesnap.fetch.part_events import PartEvents
 from fusesnap.fetch.priority import Priority
 from fusesnap.nix.chunk_table import Chunk
 from fusesnap.nix.nar_index import NarIndex
@@ -53,8 +56,9 @@ class _Run:
     It is as urgent as the most urgent of those who want it.
     """
 
-    def __init__(self, numbers: Sequence[int], priority: Priority) -> None:
+    def __init__(self, numbers: Sequence[int], priority: Priority, events: PartEvents) -> None:
         self.numbers = numbers
+        self.events = events
         self.priority = priority
         self.passage: Passage | None = None
         self.error: FusesnapError | None = None
@@ -91,7 +95,10 @@ def reach(link: Link, source: str) -> int:
 
 
 class ChunkedPath:
-    """One path. ``offer`` finds who has its NAR; ``stall`` is in seconds; ``nursery`` holds the requests."""
+    """One path. ``offer`` finds who has its NAR; ``stall`` is in seconds; ``nursery`` holds the requests.
+
+    ``observe`` hears of each request.
+    """
 
     def __init__(
         self,
@@ -102,8 +109,10 @@ class ChunkedPath:
         link: Link,
         nursery: trio.Nursery,
         stall: float,
+        observe: ObserveFetch = unobserved,
     ) -> None:
         self.pin = pin
+        self._observe = observe
         self._index = index
         self._chunks = index.chunks
         self._partial = partial
@@ -278,10 +287,14 @@ class ChunkedPath:
 
     def _start_runs(self, numbers: Iterable[int], priority: Priority) -> None:
         for group in self._groups(numbers):
-            run = _Run(group, priority)
+            run = _Run(group, priority, self._events(group, priority))
             self._runs.add(run)
             self._coming |= dict.fromkeys(group, run)
             self._nursery.start_soon(self._fetch, run, name=f"fetch a part of {self.path}")
+
+    def _events(self, group: Sequence[int], priority: Priority) -> PartEvents:
+        part = self._chunks[group[0]].file_start, self._chunks[group[-1]].file_end
+        return PartEvents(self._observe, self.path, priority, part)
 
     def _groups(self, numbers: Iterable[int]) -> Iterator[list[int]]:
         """Split into what one request carries each; a small gap is rather fetched than asked for around."""
@@ -304,6 +317,7 @@ class ChunkedPath:
 
     async def _fetch(self, run: _Run) -> None:
         run.error = Unavailable(f"{self.path}: the fetch was given up because the process ends")
+        run.events.board()
         try:
             await self._fetch_from(await self._offer(), run)
             run.error = None
@@ -321,6 +335,7 @@ class ChunkedPath:
                 del self._coming[number]
         for event in run.arrived.values():
             event.set()
+        run.events.land(run.error)
         if not self.is_idle:
             return
         if self._flight is not None:
@@ -334,19 +349,22 @@ class ChunkedPath:
         self._source = offer.substituter.url
         size = last.file_end - first.file_start
         with self._link.passage(run.priority, self._source, size) as run.passage:
+            run.events.cross(run.passage)
             await run.passage.turn()
+            run.events.begin(self._source)
             self._progressed = trio.current_time()
             if self._flight is not None:
                 self._flight.begin(self._source, size)
             reading = run.passage.pieces(
                 lambda bookmark: _part(offer, first.file_start, last.file_end, bookmark),
-                self._resumed,
+                partial(self._resumed, run),
             )
             async with aclosing(reading) as pieces:
                 await self._receive(run, pieces)
 
-    def _resumed(self, kept: int) -> None:
+    def _resumed(self, run: _Run, kept: int) -> None:
         self._progressed = trio.current_time()
+        run.events.begin(self._source, kept)
 
     async def _receive(self, run: _Run, pieces: AsyncIterator[bytes]) -> None:
         left = iter(range(run.numbers[0], run.numbers[-1] + 1))
@@ -354,6 +372,7 @@ class ChunkedPath:
         held = bytearray()
         async for piece in pieces:
             self._progressed = trio.current_time()
+            run.events.receive(len(piece))
             if self._flight is not None:
                 self._flight.progress(len(piece))
             held += piece

@@ -17,6 +17,7 @@ import trio
 from fusesnap.errors import FusesnapError, InvalidData, PathNotFound, UntrustedPath
 from fusesnap.fetch.acceptance import Acceptance
 from fusesnap.fetch.chunked_path import ChunkedPath
+from fusesnap.fetch.events import ObserveFetch, unobserved
 from fusesnap.fetch.flight import FlightState
 from fusesnap.fetch.link import Link
 from fusesnap.nix.index_reference import IndexReference
@@ -51,8 +52,10 @@ class ChunkedPaths:
         link: Link,
         nursery: trio.Nursery,
         stall: float,
+        observe: ObserveFetch = unobserved,
     ) -> None:
         self._store = store
+        self._observe = observe
         self._pool = pool
         self._partials = partials
         self.acceptance = Acceptance(store, partials)
@@ -196,7 +199,9 @@ class ChunkedPaths:
     async def _opened(self, pin: Pin, index: NarIndex, data: bytes) -> ChunkedPath:
         nar = await trio.to_thread.run_sync(self._partials.open, pin, data, index.chunks)
         offers = _Offers(self._pool, pin)
-        return ChunkedPath(pin, index, nar, offers.find, self._link, self._nursery, self._stall)
+        return ChunkedPath(
+            pin, index, nar, offers.find, self._link, self._nursery, self._stall, self._observe
+        )
 
     def _keep(self, path: StorePath, found: ChunkedPath) -> None:
         self._open[path] = found

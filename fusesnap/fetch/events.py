@@ -1,6 +1,9 @@
 """What happens to a path on its way here, told to whoever was passed in to hear it.
 
 An event has no time of its own: who hears it is called at once, and has a clock. It must not wait, and not fail.
+
+Where single chunks are fetched each request is told of by itself: ``part`` is then what it carries, from its first byte
+up to its end in the compressed NAR. It is ``None`` for a whole NAR.
 """
 
 from __future__ import annotations
@@ -12,16 +15,19 @@ from typing import TypeAlias
 from fusesnap.fetch.priority import Priority
 from fusesnap.nix.store_path import StorePath
 
+Part: TypeAlias = tuple[int, int]
+
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """Somebody wants ``path``, which nobody was fetching. Every ``Asked`` is followed by one ``Landed``.
+    """Somebody wants ``path``, or ``part`` of it, which nobody was fetching. Each is followed by one ``Landed``.
 
     ``priority``: for whom; somebody more urgent may join later.
     """
 
     path: StorePath
     priority: Priority
+    part: Part | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +35,7 @@ class Boarded:
     """Caches are asked who has ``path``."""
 
     path: StorePath
+    part: Part | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +43,7 @@ class InLine:
     """It is known where ``path`` comes from, and others are before it."""
 
     path: StorePath
+    part: Part | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +51,7 @@ class Paused:
     """More urgent ones have the link; what came of ``path`` is kept."""
 
     path: StorePath
+    part: Part | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +59,7 @@ class Resumed:
     """It is the turn of ``path`` again."""
 
     path: StorePath
+    part: Part | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,15 +73,17 @@ class TransferBegun:
     cache: str
     expected: int | None
     kept: int = 0
+    part: Part | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Received:
-    """``count`` bytes of the compressed NAR of ``path`` came from ``cache``."""
+    """``count`` bytes of the compressed NAR of ``path`` came from ``cache``; 0 where they came as parts of it."""
 
     path: StorePath
     cache: str
     count: int
+    part: Part | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,14 +91,16 @@ class Verifying:
     """All bytes of ``path`` came: what is left is to check them and to commit them."""
 
     path: StorePath
+    part: Part | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Landed:
-    """``path`` is committed; or it is not, and ``error`` says why."""
+    """``path`` is committed, or ``part`` of it is here; or it is not, and ``error`` says why."""
 
     path: StorePath
     error: Exception | None = None
+    part: Part | None = None
 
 
 FetchEvent: TypeAlias = (

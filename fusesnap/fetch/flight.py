@@ -174,11 +174,19 @@ class Flight:
 
     def progress(self, count: int) -> None:
         """``count`` more bytes of the compressed NAR are here."""
+        self._count(count)
+        self._observe(Received(self.path, self.cache or "", count))
+
+    def _count(self, count: int) -> None:
         self._received += count
         self._own_progress = self._everybody.at = now = trio.current_time()
         if now - self._marks[1][0] >= self.RATE_OVER:
             self._marks = (self._marks[1], (now, self._received))
-        self._observe(Received(self.path, self.cache or "", count))
+
+    def came(self, count: int) -> None:
+        """``count`` more bytes are here, which came as parts and were told of as such."""
+        self._count(count)
+        self._observe(Received(self.path, self.cache or "", 0))
 
     def verify(self) -> None:
         """All bytes are here, and are about to be checked and committed."""

@@ -357,7 +357,7 @@ class Realiser:
         try:
             async with (
                 self._unpackers.unpacking(chunked.pin, info) as unpacking,
-                aclosing(chunked.nar(lambda: flight.priority, flight.progress)) as pieces,
+                aclosing(chunked.nar(lambda: flight.priority, flight.came)) as pieces,
             ):
                 async for piece in pieces:
                     await unpacking.feed(piece)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +17,15 @@ from trio.testing import MockClock
 from fusesnap.errors import DeadlineExceeded, FusesnapError, InvalidData, PathNotFound, Unavailable
 from fusesnap.fetch.chunked_paths import ChunkedPaths
 from fusesnap.fetch.contents import UNUSED, Contents
+from fusesnap.fetch.events import (
+    Asked,
+    Boarded,
+    FetchEvent,
+    InLine,
+    Landed,
+    Received,
+    TransferBegun,
+)
 from fusesnap.fetch.flight import Flight, Reader
 from fusesnap.fetch.link import open_link
 from fusesnap.fetch.priority import Priority
@@ -67,7 +76,11 @@ class Node:
         )
         link = open_link(nursery)
         self.partials = PartialNars.in_state(state, UUID(int=1))
-        self.chunked = ChunkedPaths(self.store, pool, self.partials, keys, link, nursery, STALL)
+        self.heard: list[FetchEvent] = []
+        observe = self.heard.append
+        self.chunked = ChunkedPaths(
+            self.store, pool, self.partials, keys, link, nursery, STALL, observe
+        )
         self.realiser = Realiser(
             self.store,
             pool,
@@ -76,6 +89,7 @@ class Node:
             nursery,
             Limits(stall=STALL),
             lambda pid: Reader(pid, "test"),
+            observe,
             chunked=self.chunked,
         )
         self.contents = Contents(self.store, self.realiser, self.chunked, nursery)
@@ -173,6 +187,44 @@ async def test_only_what_is_read_and_what_is_near_is_fetched(
     assert await read(node, path, b"small", 0, 100) == b"hello"
     assert len(cache.parts) == 2
     assert not node.store.is_committed(path.path)
+
+
+def received(events: Iterable[FetchEvent]) -> int:
+    return sum(event.count for event in events if isinstance(event, Received))
+
+
+async def test_each_request_is_told_of_with_the_part_that_it_carries(
+    cache: MemorySubstituter, make_node: MakeNode
+) -> None:
+    path = put(cache, published("lazy", TREE))
+    node = await node_with(make_node, path)
+    await node.contents.tree(path.path)
+    node.heard.clear()
+    await read(node, path, b"big", 5000, 100)
+    while not isinstance(node.heard[-1], Landed):  # the reader does not wait for all of it
+        await trio.testing.wait_all_tasks_blocked(0.01)
+    ((_, start, end),) = cache.parts
+    part = (start, end)
+    assert [event for event in node.heard if not isinstance(event, Received | InLine)] == [
+        Asked(path.path, Priority.READER, part),
+        Boarded(path.path, part),
+        TransferBegun(path.path, cache.url, end - start, 0, part),
+        Landed(path.path, None, part),
+    ]
+    assert received(node.heard) == end - start
+
+
+async def test_bytes_of_parts_count_once_when_the_path_is_completed(
+    cache: MemorySubstituter, make_node: MakeNode
+) -> None:
+    path = put(cache, published("lazy", TREE))
+    node = await node_with(make_node, path)
+    await read(node, path, b"big", 5000, 100)
+    await node.realiser.realise(path.path)
+    assert received(node.heard) == bytes_asked(cache)
+    whole = [event for event in node.heard if event.part is None]
+    assert isinstance(whole[-1], Landed)
+    assert received(whole) == 0
 
 
 async def test_sequential_reads_are_ahead_of_the_reader(

@@ -14,7 +14,7 @@ from typing import Final
 from fusesnap.daemon.telemetry.journal import Batch, CounterKey
 from fusesnap.daemon.telemetry.phases import phase_after
 from fusesnap.daemon.telemetry.records import Phase
-from fusesnap.fetch.events import Asked, FetchEvent, Landed, Received
+from fusesnap.fetch.events import Asked, FetchEvent, Landed, Part, Received
 from fusesnap.filesystem.error_counts import kind_of
 from fusesnap.filesystem.wait_events import Answered, Blocked, WaitEvent
 
@@ -79,17 +79,18 @@ class Counting:
 
     counters: Counters
     clock: Callable[[], float]
-    _fetching: dict[str, _Fetching] = field(default_factory=dict)
+    _fetching: dict[tuple[str, Part | None], _Fetching] = field(default_factory=dict)
     _blocked: dict[int, tuple[str, str, float]] = field(default_factory=dict)
     _waiting: Counter[str] = field(default_factory=Counter)
 
     def fetch(self, event: FetchEvent) -> None:
         """Something happened to a path."""
         path = event.path.base_name
+        which = path, event.part
         if isinstance(event, Asked):
-            self._fetching[path] = _Fetching(event.priority.name.lower(), self.clock())
+            self._fetching[which] = _Fetching(event.priority.name.lower(), self.clock())
             return
-        fetching = self._fetching.get(path)
+        fetching = self._fetching.get(which)
         if fetching is None:  # pragma: no cover - each path is asked for first
             return
         following = phase_after(event, fetching.phase)
@@ -103,7 +104,7 @@ class Counting:
             )
         elif isinstance(event, Landed):
             self._end_phase(fetching)
-            del self._fetching[path]
+            del self._fetching[which]
             outcome = "committed" if event.error is None else kind_of(event.error)
             self.counters.add("fusesnap_fetches", reason=fetching.reason, outcome=outcome)
 

@@ -20,6 +20,7 @@ from fusesnap.fetch.events import (
     FetchEvent,
     InLine,
     Landed,
+    Part,
     Paused,
     Received,
     Resumed,
@@ -55,16 +56,21 @@ class ExportedSpans:
     def __init__(self, provider: TracerProvider) -> None:
         self._provider = provider
         self._tracer = provider.get_tracer("fusesnap", version("fusesnap"))
-        self._fetches: dict[str, _Fetch] = {}
+        self._fetches: dict[tuple[str, Part | None], _Fetch] = {}
 
     def fetch(self, event: FetchEvent) -> None:
         """See ``Spans``. A fetch is below the call that asked for it, if one did."""
-        path = event.path.base_name
+        which = event.path.base_name, event.part
         if isinstance(event, Asked):
-            attributes = {"fusesnap.path": path, "fusesnap.reason": event.priority.name.lower()}
-            self._fetches[path] = _Fetch(self._tracer.start_span("realise", attributes=attributes))
+            attributes = {
+                "fusesnap.path": event.path.base_name,
+                "fusesnap.reason": event.priority.name.lower(),
+            }
+            if event.part is not None:
+                attributes["fusesnap.part"] = f"{event.part[0]}-{event.part[1]}"
+            self._fetches[which] = _Fetch(self._tracer.start_span("realise", attributes=attributes))
             return
-        fetch = self._fetches.get(path)
+        fetch = self._fetches.get(which)
         if fetch is None:  # pragma: no cover - each path is asked for first
             return
         match event:
@@ -80,7 +86,7 @@ class ExportedSpans:
                 self._begin(fetch, "commit", {})
             case Landed(_, error):
                 self._end(fetch, error)
-                del self._fetches[path]
+                del self._fetches[which]
 
     def _begin(self, fetch: _Fetch, name: str, attributes: Mapping[str, str | int]) -> None:
         above = set_span_in_context(fetch.span)
@@ -98,8 +104,8 @@ class ExportedSpans:
         """See ``Spans``. That a reader waits is an event of the span of what it waits for."""
         if not isinstance(event, Blocked):
             return
-        fetch = self._fetches.get(event.question.path.base_name)
-        if fetch is not None:
+        path = event.question.path.base_name
+        for fetch in [each for (name, _), each in self._fetches.items() if name == path]:
             reader = event.readers[-1].command if event.readers else ""
             attributes = {"fusesnap.operation": event.question.operation, "fusesnap.reader": reader}
             fetch.span.add_event("a reader waits", attributes)

@@ -26,7 +26,7 @@ from fusesnap.errors import StorageFailure
 from fusesnap.store.database import Database
 
 FILE_NAME: Final = "journal.sqlite"
-VERSION: Final = 2
+VERSION: Final = 3
 KEPT_DAYS: Final = 7
 # Rows of some 500 bytes: 15 MB at most, with the lists of paths of the images that were started.
 KEPT_FETCHES: Final = 10_000

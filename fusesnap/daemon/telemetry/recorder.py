@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Final
+from typing import Final, TypeAlias
 
 from fusesnap.daemon.telemetry.journal import Batch
 from fusesnap.daemon.telemetry.phases import phase_after
@@ -16,7 +16,7 @@ from fusesnap.daemon.telemetry.records import (
     Step,
     WaitRecord,
 )
-from fusesnap.fetch.events import Asked, FetchEvent, Landed, Received, TransferBegun
+from fusesnap.fetch.events import Asked, FetchEvent, Landed, Part, Received, TransferBegun
 from fusesnap.filesystem.wait_events import Answered, Blocked, WaitEvent
 
 # Ended records that may wait to be written: when the disk is full, or more happens than anybody will look at, the
@@ -29,6 +29,9 @@ ATTEMPTS: Final = 16
 STEPS: Final = 64
 # A reason is for people; a stranger's answer may be in it.
 LONGEST_ERROR: Final = 500
+
+# A path, and which part of it.
+Fetched: TypeAlias = tuple[str, Part | None]
 
 
 class Recorder:
@@ -44,28 +47,31 @@ class Recorder:
         self._clock = clock
         self._upper_of = upper_of
         self._numbers = 0
-        self._fetches: dict[str, FetchRecord] = {}
-        self._mark_every: dict[str, float] = {}
+        self._fetches: dict[Fetched, FetchRecord] = {}
+        self._mark_every: dict[Fetched, float] = {}
         self._waits: dict[int, WaitRecord] = {}
         self._changed_fetches: dict[int, FetchRecord] = {}
         self._changed_waits: dict[int, WaitRecord] = {}
 
     def fetch(self, event: FetchEvent) -> None:
         """Something happened to a path."""
-        path, now = event.path.base_name, self._clock()
+        which, now = (event.path.base_name, event.part), self._clock()
         if isinstance(event, Asked):
             self._numbers += 1
             priority = event.priority.name.lower()
             steps = (Step(now, Phase.QUEUED),)
-            self._keep(FetchRecord(self._session, self._numbers, path, priority, now, steps))
+            begun = FetchRecord(
+                self._session, self._numbers, which[0], priority, now, steps, part=event.part
+            )
+            self._keep(begun)
             return
-        before = self._fetches.get(path)
+        before = self._fetches.get(which)
         if before is None:  # pragma: no cover - each path is asked for first
             return
         self._keep(self._after(before, event, now))
         if isinstance(event, Landed):
-            del self._fetches[path]
-            self._mark_every.pop(path, None)
+            del self._fetches[which]
+            self._mark_every.pop(which, None)
 
     def _after(self, before: FetchRecord, event: FetchEvent, now: float) -> FetchRecord:
         record = stepped(before, event, now)
@@ -83,12 +89,13 @@ class Recorder:
     def _received(self, before: FetchRecord, count: int, now: float) -> FetchRecord:
         received = before.received + count
         marks = before.marks
-        every = self._mark_every.setdefault(before.path, MARK_EVERY)
+        which = before.path, before.part
+        every = self._mark_every.setdefault(which, MARK_EVERY)
         if not marks or now - marks[-1][0] >= every:
             marks = (*marks, (now, received))
             if len(marks) > MARKS:
                 marks = marks[1::2]
-                self._mark_every[before.path] = every * 2
+                self._mark_every[which] = every * 2
         return replace(before, received=received, marks=marks)
 
     def wait(self, event: WaitEvent) -> None:
@@ -121,7 +128,8 @@ class Recorder:
         )
 
     def _keep(self, record: FetchRecord) -> None:
-        self._fetches[record.path] = self._changed_fetches[record.number] = record
+        self._fetches[record.path, record.part] = record
+        self._changed_fetches[record.number] = record
         while len(self._changed_fetches) > UNWRITTEN:
             del self._changed_fetches[next(iter(self._changed_fetches))]
 

@@ -45,6 +45,7 @@ class Attempt:
 class FetchRecord:
     """A path on its way from a cache into the store. ``path`` is its base name.
 
+    ``part`` is which bytes of the compressed NAR, where single chunks are fetched.
     ``session`` names the process that fetched, ``number`` the fetch in it. ``priority``: for whom it was asked for.
     ``steps`` are what it did one after the other, from ``asked`` to ``landed``; ``marks`` are pairs of a time and of
     the bytes that were there by then. Without ``landed`` it is under way, or ended with its process; with ``error`` it
@@ -60,6 +61,7 @@ class FetchRecord:
     landed: float | None = None
     expected: int | None = None
     received: int = 0
+    part: tuple[int, int] | None = None
     attempts: tuple[Attempt, ...] = ()
     marks: tuple[tuple[float, int], ...] = ()
     error: str | None = None

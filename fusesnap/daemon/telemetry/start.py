@@ -7,7 +7,7 @@ are seconds from its beginning.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -18,6 +18,8 @@ from fusesnap.daemon.telemetry.records import FetchRecord, Phase, StartRecord, W
 QUIET: Final = 30.0
 # Seconds from Prepare to the first wait beyond which the container was made long before it was started.
 LONG_BEFORE: Final = 60.0
+# Of what is done at the same time for one path, what is told.
+NEAREST: Final = (Phase.TRANSFER, Phase.VERIFY, Phase.ASKING, Phase.PAUSED, Phase.QUEUED)
 # How finely the use of the link is drawn.
 LINK_STEPS: Final = 80
 
@@ -190,6 +192,24 @@ def segments_of(fetch: FetchRecord, end: float) -> list[Segment]:
     ]
 
 
+def flattened(segments: Iterable[Segment]) -> list[Segment]:
+    """What is done at each moment, where several parts of a path are under way: that which is nearest to its end."""
+    edges = [(each.begin, 1, each.phase) for each in segments]
+    edges += [(each.end, -1, each.phase) for each in segments]
+    under_way: Counter[Phase] = Counter()
+    found: list[Segment] = []
+    before = 0.0
+    for moment, change, phase in sorted(edges, key=lambda edge: edge[0]):
+        now = next((each for each in NEAREST if under_way[each]), None)
+        if now is not None and moment > before:
+            if found and found[-1].phase is now and found[-1].end == before:
+                before = found.pop().begin
+            found.append(Segment(now, before, moment))
+        under_way[phase] += change
+        before = moment
+    return found
+
+
 def cut(segments: Iterable[Segment], begin: float, end: float) -> dict[Phase, float]:
     """Seconds of each phase between ``begin`` and ``end``; what is in none of them, the disk was waited for."""
     found: dict[Phase, float] = defaultdict(float)
@@ -297,6 +317,7 @@ def _row(
         for fetch in fetches
         for segment in segments_of(fetch, end)
     ]
+    segments = flattened(segments)
     shown = [*segments, *_disk(waits, segments)]
     attempts = [attempt for fetch in fetches for attempt in fetch.attempts]
     begins = [*(wait.begin for wait in waits), *(fetch.asked - began for fetch in fetches)]
@@ -309,8 +330,8 @@ def _row(
         waits=tuple(waits),
         caches=tuple(dict.fromkeys(attempt.cache for attempt in attempts)),
         received=sum(fetch.received for fetch in fetches),
-        expected=fetches[-1].expected if fetches else None,
-        retries=max(0, len(attempts) - len(fetches)),
+        expected=sum(fetch.expected or 0 for fetch in fetches) or None,
+        retries=sum(max(0, len(fetch.attempts) - 1) for fetch in fetches),
         error=fetches[-1].error if fetches else None,
     )
 

@@ -143,6 +143,20 @@ def test_a_transfer_that_gives_way_is_paused_until_its_turn_comes_again() -> Non
     assert record.received == 100
 
 
+def test_parts_of_a_path_are_records_of_their_own() -> None:
+    bench = Bench()
+    for part in ((0, 10), (10, 30)):
+        bench.recorder.fetch(Asked(PATH, Priority.READER, part))
+    bench.recorder.fetch(TransferBegun(PATH, CACHE, 20, part=(10, 30)))
+    bench.recorder.fetch(Received(PATH, CACHE, 20, (10, 30)))
+    bench.recorder.fetch(Landed(PATH, None, (10, 30)))
+    bench.recorder.fetch(Landed(PATH, Unavailable("down"), (0, 10)))
+    assert [(each.part, each.received, each.error) for each in bench.taken().fetches] == [
+        ((0, 10), 0, "down"),
+        ((10, 30), 20, None),
+    ]
+
+
 def test_steps_stay_few_and_end_with_the_last() -> None:
     bench = Bench()
     bench.recorder.fetch(Asked(PATH, Priority.COMPLETION))

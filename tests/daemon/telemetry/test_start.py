@@ -11,10 +11,12 @@ from hypothesis import strategies as st
 
 from fusesnap.daemon.telemetry.records import Phase, WaitRecord
 from fusesnap.daemon.telemetry.start import (
+    NEAREST,
     QUIET,
     Segment,
     bursts,
     cut,
+    flattened,
     longest_chain,
     merged,
     segments_of,
@@ -102,6 +104,34 @@ def test_a_fetch_that_has_not_ended_lasts_until_it_was_seen(steps: int, last: Ph
     whole = fetch(1, "x", (0, 1, 2, 3, 4))
     found = segments_of(replace(whole, steps=whole.steps[:steps], landed=None), BEGAN + 9)
     assert (found[-1].phase, found[-1].end) == (last, BEGAN + 9)
+
+
+phases = st.builds(
+    lambda phase, span: Segment(phase, *span), st.sampled_from(NEAREST), spans
+).filter(lambda segment: segment.end > segment.begin)
+
+
+@given(st.lists(phases, max_size=8))
+def test_of_parts_that_are_under_way_together_the_nearest_to_its_end_is_told(
+    some: list[Segment],
+) -> None:
+    found = flattened(some)
+    assert all(first.end <= second.begin for first, second in pairwise(found))
+    for moment in (number + 0.5 for number in range(71)):
+        here = [each.phase for each in some if each.begin < moment < each.end]
+        told = [each.phase for each in found if each.begin < moment < each.end]
+        assert told == sorted(set(here), key=NEAREST.index)[:1]
+
+
+def test_parts_of_a_path_are_one_row() -> None:
+    first = replace(fetch(1, "x", (0, 0, 1, 2, 2), 100), part=(0, 100))
+    second = replace(fetch(1, "x", (1, 1, 1.5, 4, 4), 200), number=2, part=(100, 300))
+    (row,) = start_of([wait(1, first.path, 0, 3)], [first, second], RECORD, frozenset()).rows
+    assert (row.received, row.expected, row.retries) == (300, 300, 0)
+    assert [(each.phase, each.begin, each.end) for each in row.segments] == [
+        (Phase.ASKING, 0, 1),
+        (Phase.TRANSFER, 1, 4),
+    ]
 
 
 def test_time_in_no_phase_is_the_disks() -> None:
