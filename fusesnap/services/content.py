@@ -185,11 +185,11 @@ class Upload:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._requests.put(None)  # gRPC's thread waits for it
-        self._answers.cancel()
+        self.cancel()
 
     def cancel(self) -> None:
-        """Have the call that is under way fail."""
+        """End it, whether it was begun or not; a call that is under way fails."""
+        self._requests.put(None)  # gRPC's thread waits for it
         self._answers.cancel()
 
     def begin(self) -> bool:
