@@ -27,7 +27,7 @@ from fusesnap.fetch.chunked_paths import ChunkedPaths
 from fusesnap.fetch.flight import Flight
 from fusesnap.fetch.priority import Priority
 from fusesnap.fetch.realiser import Realiser
-from fusesnap.nix.startup_trace import StartupTrace, TracedPath
+from fusesnap.nix.startup_trace import StartupTrace
 from fusesnap.nix.store_path import StorePath
 from fusesnap.nix.tree import EntryKind, Tree
 from fusesnap.store.local_store import LocalStore
@@ -156,22 +156,28 @@ class Contents:
 
     async def _foresee(self, trace: StartupTrace) -> None:
         parts = parts_by_path(trace)
-        whole: set[StorePath] = set()
+        found: dict[StorePath, ChunkedPath | None] = {}
+        known = {traced.path: trio.Event() for traced in trace.paths}
 
-        async def prepare(traced: TracedPath) -> None:
+        async def find(path: StorePath) -> None:
             async with self._ahead:
-                chunked = await self._by_chunk(traced.path)
-                if chunked is None:
-                    whole.add(traced.path)
-                elif chunked.pin.info.nar_hash == traced.nar_hash:
-                    chunked.want(ranges_of(chunked.tree, parts[traced.path]), Priority.TRACE)
+                try:
+                    found[path] = await self._by_chunk(path)
+                except FusesnapError as error:  # whoever reads it will be told
+                    log.debug("%s: not fetched ahead: %s", path, error)
+            known[path].set()
 
         async with trio.open_nursery() as nursery:
-            for traced in trace.paths:
-                nursery.start_soon(prepare, traced)
+            for path in known:
+                nursery.start_soon(find, path)
+            for traced in trace.paths:  # in its order, as soon as that is known
+                await known[traced.path].wait()
+                chunked = found.get(traced.path)
+                if chunked is not None and chunked.pin.info.nar_hash == traced.nar_hash:
+                    chunked.want(ranges_of(chunked.tree, parts[traced.path]), Priority.TRACE)
+        whole = [path for path in known if path in found and found[path] is None]
         if whole:
-            ordered = [traced.path for traced in trace.paths if traced.path in whole]
-            self._realiser.request(ordered, Priority.TRACE)
+            self._realiser.request(whole, Priority.TRACE)
 
     async def _by_chunk(self, path: StorePath) -> ChunkedPath | None:
         if self._store.is_committed(path):

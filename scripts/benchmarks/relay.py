@@ -51,11 +51,14 @@ def main() -> None:
 
 
 @contextlib.contextmanager
-def served(work: Path, mode: str) -> Iterator[int]:
-    """A descriptor of a large file below the mount of a daemon in that mode, open past the page cache."""
+def served(work: Path, mode: str, name: str = "") -> Iterator[int]:
+    """A descriptor of a large file below the mount of a daemon in that mode, open past the page cache.
+
+    ``name`` is the daemon's among others in ``work``.
+    """
     store = NixStore(default_work() / "store")
     path = simple_closure(store).large
-    directory = work / mode
+    directory = work / (name or mode)
     directory.mkdir()
     key = signing_key(directory)
     (directory / "cache").mkdir()

@@ -1,0 +1,178 @@
+"""What a startup trace saves over a link, and what recording one costs a read."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import statistics
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import trio
+from rich.console import Console
+from rich.table import Table
+from testbed.binary_cache import signing_key
+from testbed.fusesnap_daemon import PROGRAM
+from testbed.nix_store import NixStore
+from testbed.processes import run
+from testbed.registry import registry
+from testbed.synthetic import simple_closure
+from testbed.workplace import default_work, run_directory
+
+from benchmarks import relay
+from benchmarks.coldstart import PROFILES, Profile, machine, make_ready, scene
+from benchmarks.coldstart_sides import Fusesnap, Scene, Started, start
+from benchmarks.coldstart_workloads import WORKLOADS
+from fusesnap.daemon import control
+
+DESCRIPTION = """\
+Starts a real container on machines that have nothing yet, with a trace of an earlier start and without, over an
+emulated link, on a stock cache and on a published one, in turns; takes the time from the pull to the first output. Then
+reads 4 KiB at random places of a file through the mount, past the page cache, from a daemon that records and from one
+that does not, in turns. Ratios are of medians.
+"""
+STOCK, PUBLISHED, TRACED = "stock cache", "published cache", ", with the trace"
+
+
+class Traced(Fusesnap):
+    """Ours, with the trace in ``file`` imported before."""
+
+    def __init__(self, name: str, cache: str, file: Path) -> None:
+        super().__init__(name, cache)
+        self._file = file
+
+    @contextlib.contextmanager
+    def machine(self, scene: Scene, directory: Path) -> Iterator[Callable[[], list[str]]]:
+        """See Side."""
+        with super().machine(scene, directory) as prepare:
+            run([PROGRAM, "trace", "import", "--state", directory / "s", self._file])
+            yield prepare
+
+
+def main() -> int:
+    """Measure, print; returns the exit status."""
+    given = _arguments()
+    with run_directory("fs-trace-") as directory, registry(directory) as images:
+        key = signing_key(given.work / "keys")
+        profile = Profile(given.profile, *PROFILES[given.profile])
+        ready = make_ready(WORKLOADS[given.workload], given.work, key, images, directory)
+        (trace,) = (ready.caches["traced"].directory / "trace").iterdir()
+        starts: dict[str, list[Started]] = {}
+        for number in range(given.rounds):
+            for pair in pairs(trace):
+                for side in pair if number % 2 else reversed(pair):
+                    with (
+                        run_directory("fs-trace-") as place,
+                        scene(ready, profile, key, images, place) as on,
+                    ):
+                        taken = start(side, on, place / "m")
+                    starts.setdefault(side.name, []).append(taken)
+                    tell(f"{number + 1}/{given.rounds} {side.name}: {taken.seconds:.2f} s")
+        results = summary(starts)
+        shown = json.loads(run([PROGRAM, "trace", "show", "--json", trace]))
+        results["trace"] = {key: shown[key] for key in ("size", "file_count", "path_count")}
+        results["read"] = reads(directory / "reads", given.reads)
+    results["machine"] = {**machine(), "workload": given.workload, "profile": given.profile}
+    show(results, as_json=given.json)
+    return 0
+
+
+def pairs(trace: Path) -> list[tuple[Fusesnap, Fusesnap]]:
+    """Ways to start without a trace and with one: brought to the node, and found in the cache."""
+    return [
+        (Fusesnap(STOCK, "stock"), Traced(f"{STOCK}{TRACED}", "stock", trace)),
+        (Fusesnap(PUBLISHED, "published"), Fusesnap(f"{PUBLISHED}{TRACED}", "traced")),
+    ]
+
+
+def reads(work: Path, count: int) -> dict[str, float]:
+    """Microseconds of a read, while a start is recorded and while none is."""
+    work.mkdir()
+    with contextlib.ExitStack() as stack:
+        files = {
+            kind: stack.enter_context(served(work, kind, recording=kind == "recording"))
+            for kind in ("quiet", "recording")
+        }
+        times = relay.measure(files, 20, count)
+    results = {kind: relay.summary(each)["median"] for kind, each in times.items()}
+    return {**results, "ratio": results["recording"] / results["quiet"]}
+
+
+@contextlib.contextmanager
+def served(work: Path, kind: str, *, recording: bool) -> Iterator[int]:
+    """A descriptor of a large file, as ``relay.served`` has it, whose reads are recorded or not."""
+    with relay.served(work, "direct", kind) as descriptor:
+        if recording:
+            path = simple_closure(NixStore(default_work() / "store")).large
+            trio.run(begin_recording, work / kind / "s" / control.SOCKET_NAME, path)
+        yield descriptor
+
+
+async def begin_recording(worker: Path, path: str) -> None:
+    """Tell a worker that a container starts which shows ``path``."""
+    await control.ask(worker, "start", key="bench", upper="/nowhere", there=[], lazy=[path])
+
+
+def summary(starts: dict[str, list[Started]]) -> dict[str, Any]:
+    """Medians of each side, and the ratio of those with a trace to those without."""
+    results: dict[str, Any] = {
+        side: {
+            "seconds": [each.seconds for each in taken],
+            "median": statistics.median(each.seconds for each in taken),
+            "crossed": statistics.median(each.crossed for each in taken),
+        }
+        for side, taken in starts.items()
+    }
+    for side in (STOCK, PUBLISHED):
+        traced = results[f"{side}{TRACED}"]
+        traced["ratio"] = traced["median"] / results[side]["median"]
+    return results
+
+
+def show(results: dict[str, Any], *, as_json: bool) -> None:
+    """Print."""
+    if as_json:
+        print(json.dumps(results))
+        return
+    say = Console(highlight=False, soft_wrap=True)
+    table = Table()
+    for column in ("start", "median s", "least", "most", "MB over the link", "with / without"):
+        table.add_column(column, justify="left" if column == "start" else "right")
+    for side, each in results.items():
+        if "seconds" in each:
+            figures = [each["median"], min(each["seconds"]), max(each["seconds"])]
+            cells = [f"{figure:.2f}" for figure in (*figures, each["crossed"] / 1e6)]
+            table.add_row(side, *cells, f"{each['ratio']:.2f}" if "ratio" in each else "")
+    say.print(table)
+    trace, read = results["trace"], results["read"]
+    say.print(
+        f"the trace: {trace['size'] / 1e6:.1f} MB in {trace['file_count']} files of {trace['path_count']} paths"
+    )
+    say.print(
+        f"a read of 4 KiB: {read['quiet']:.1f} us, recorded {read['recording']:.1f} us: {read['ratio']:.3f}"
+    )
+    say.print(", ".join(f"{key} {value}" for key, value in results["machine"].items()))
+
+
+def tell(line: str) -> None:
+    """How far it is."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="scripts/bench traces", description=DESCRIPTION)
+    add = parser.add_argument
+    add("--rounds", type=int, default=5, help="starts of each side (5)")
+    add("--reads", type=int, default=500, help="reads a turn, of 20 turns (500)")
+    add("--workload", choices=list(WORKLOADS), default="redis", help="what is started (redis)")
+    add("--profile", choices=list(PROFILES), default="20", help="Mbit/s of the link (20)")
+    add("--json", action="store_true", help="print JSON, in seconds and bytes")
+    add("--work", type=Path, default=default_work(), help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
