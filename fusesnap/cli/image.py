@@ -7,6 +7,7 @@ import os
 import platform as machine
 import re
 import shlex
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,12 @@ from fusesnap.cli.status import size as bytes_for_people
 from fusesnap.config import Settings
 
 _PORT = re.compile(r"[0-9]{1,5}(?:/(?:tcp|udp|sctp))?", re.ASCII)
+
+
+# Anything goes; a shell completes the names of files.
+FILE = click.Path()
+
+as_json = click.option("--json", "as_json", is_flag=True, help="For scripts: one JSON object.")
 
 
 @click.group()
@@ -63,10 +70,11 @@ def absolute(
 
 
 @image.command()
-@click.argument("paths", nargs=-1, required=True, metavar="PATH...")
+@click.argument("paths", nargs=-1, required=True, type=FILE, metavar="PATH...")
 @click.option(
     "-o",
     "--output",
+    type=FILE,
     required=True,
     metavar="FILE",
     help="Where the image goes: FILE or oci-archive:FILE for an archive, oci:DIR for a layout.",
@@ -100,7 +108,7 @@ def absolute(
     metavar="PATH",
     help="Store path whose files appear in the root too, as links; may be given several times.",
 )
-@click.option("--from", "base", metavar="IMAGE", help="Image that this one is built on.")
+@click.option("--from", "base", type=FILE, metavar="IMAGE", help="Image that this one is built on.")
 @click.option(
     "--arch",
     metavar="ARCH[/VARIANT]",
@@ -116,6 +124,7 @@ def absolute(
     is_flag=True,
     help="Fetch and verify the closure, instead of reading the first bytes of each NAR.",
 )
+@as_json
 @options.state
 @options.fetching
 def build(
@@ -135,6 +144,7 @@ def build(
     arch: str | None,
     closure_list: str | None,
     realise: bool,
+    as_json: bool,
     **fetching: Any,
 ) -> None:
     """Build an image of the closures of store paths, a few KiB large.
@@ -177,11 +187,13 @@ def build(
     )
     with LiveLine() as line:
         built = trio.run(build_image, settings_of(fetching), order, line.update)
+    if as_json:
+        click.echo(json.dumps({"output": str(place), **asdict(built)}, indent=2))
+        return
     if built.remark is not None:
         click.echo(f"note: {built.remark}", err=True)
-    click.echo(
-        f"{place}: {built.digest}, {built.paths} store paths in a layer of {bytes_for_people(built.layer_size)}"
-    )
+    size = bytes_for_people(built.layer_size)
+    click.echo(f"{place}: {built.digest}, {built.paths} store paths in a layer of {size}")
 
 
 def settings_of(fetching: dict[str, Any]) -> Settings:
@@ -226,7 +238,7 @@ architecture = click.option(
 
 
 @image.command()
-@click.argument("name", metavar="IMAGE")
+@click.argument("name", type=FILE, metavar="IMAGE")
 @click.argument("reference", required=False, metavar="[REF]")
 @architecture
 @click.option(
@@ -234,10 +246,16 @@ architecture = click.option(
     is_flag=True,
     help="No TLS. For a registry on this machine none is expected anyway.",
 )
+@as_json
 @options.state
 @options.fetching
 def push(
-    name: str, reference: str | None, arch: str | None, plain_http: bool, **fetching: Any
+    name: str,
+    reference: str | None,
+    arch: str | None,
+    plain_http: bool,
+    as_json: bool,
+    **fetching: Any,
 ) -> None:
     """Push IMAGE to a registry as REF, registry.example.org/redis:7 for instance.
 
@@ -259,6 +277,10 @@ def push(
     order = PushOrder(name, target, platform_of(arch), credential_files(), plain_http)
     with FetchProgress() as progress:
         done = trio.run(push_image, settings, order, progress.update)
+    if as_json:
+        report = {"reference": str(target), **asdict(done), "digest": str(done.digest)}
+        click.echo(json.dumps(report, indent=2))
+        return
     click.echo(
         f"{target}@{done.digest}: {done.sent} blobs with {bytes_for_people(done.sent_bytes)} sent,"
         f" {done.present} were there"
@@ -266,7 +288,7 @@ def push(
 
 
 @image.command()
-@click.argument("name", metavar="IMAGE")
+@click.argument("name", type=FILE, metavar="IMAGE")
 @click.argument("reference", required=False, metavar="[NAME]")
 @architecture
 @click.option(
@@ -289,6 +311,7 @@ def push(
     metavar="SOCKET",
     help="The daemon's socket. Default: address of --config, else fusesnap.sock in the state directory",
 )
+@as_json
 @options.state
 @options.fetching
 def load(
@@ -296,6 +319,7 @@ def load(
     reference: str | None,
     arch: str | None,
     namespace: str,
+    as_json: bool,
     containerd_address: Path | None,
     address: Path | None,
     **fetching: Any,
@@ -321,13 +345,17 @@ def load(
     order = LoadOrder(name, full, namespace, platform_of(arch))
     with LiveLine() as line:
         digest = trio.run(load_image, settings, order, line.update)
+    if as_json:
+        report = {"reference": full, "digest": digest, "namespace": namespace}
+        click.echo(json.dumps(report, indent=2))
+        return
     click.echo(f"{full}@{digest} is in namespace {namespace}")
 
 
 @image.command()
-@click.argument("name", metavar="IMAGE")
+@click.argument("name", type=FILE, metavar="IMAGE")
 @architecture
-@click.option("--json", "as_json", is_flag=True, help="For scripts: one JSON object.")
+@as_json
 @options.state
 @options.fetching
 def inspect(name: str, arch: str | None, as_json: bool, **fetching: Any) -> None:

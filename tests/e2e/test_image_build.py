@@ -148,13 +148,19 @@ def test_they_run(
 
 
 def test_what_it_says_of_a_package_without_a_main_program_and_of_what_cannot_be_built(
-    work: Path, cache: HttpCache, simple: SimpleClosure, key: SigningKey
+    work: Path, cache: HttpCache, simple: SimpleClosure, key: SigningKey, list_path: str
 ) -> None:
     said = build(work / "s", cache.url, key, simple.root, "-o", work / "a.tar")
     assert "note: no entrypoint: simple has " in said
     assert "none of them is called simple" in said
     assert "Entrypoint" not in parts(work / "a.tar")[1]["config"]
 
+    options = ["--closure-list", list_path, "--json", "-o", str(work / "c.tar")]
+    built = json.loads(build(work / "s", cache.url, key, simple.root, *options))
+    assert built["paths"] == len(simple.closure.paths)
+    assert "none of them is called simple" in built["remark"]
+    annotations = parts(work / "c.tar")[0]["layers"][0]["annotations"]
+    assert annotations["containerd.io/snapshot/nix-closure"] == list_path
     for arguments, reason in (
         ([f"/nix/store/{'0' * 32}-absent"], "no substituter has it"),
         ([simple.root, "--copy-to-root", simple.script], "expected a directory"),
