@@ -18,6 +18,7 @@ from fusesnap.daemon.prefetch import closure_of
 from fusesnap.daemon.watching import Watch, draw
 from fusesnap.errors import InvalidArgument, InvalidData
 from fusesnap.fetch.kinds import KindFinder
+from fusesnap.fetch.priority import Priority
 from fusesnap.images.archive_writer import write_archive, write_layout
 from fusesnap.images.base_tree import open_base_tree
 from fusesnap.images.build import build
@@ -93,10 +94,10 @@ class _Builder:
         closure_list = await self._closure_list(closure)
         if order.realise:
             await self._realise(closure)
-        links = Links(frozenset(closure), node.realiser.realise, node.store_dir)
+        links = Links(frozenset(closure), self._tree, node.store_dir)
         finder = KindFinder(node.store, node.pool, node.realiser)
         kinds = await placeholder_kinds(await finder.roots(closure), links)
-        trees = {path: await node.realiser.realise(path) for path in copied}
+        trees = {path: await self._tree(path) for path in copied}
         async with AsyncExitStack() as stack:
             base = None
             if order.base is not None:
@@ -110,6 +111,10 @@ class _Builder:
             )
         found = image.image
         return Built(str(found.manifest.digest), len(closure), found.layers[-1].size, remark)
+
+    async def _tree(self, path: StorePath) -> Tree:
+        # Nobody reads it: what it refers to is not wanted on its account.
+        return await self._node.realiser.realise(path, priority=Priority.PREFETCH)
 
     def _layer(
         self,
@@ -128,14 +133,14 @@ class _Builder:
     async def _realise(self, paths: Sequence[StorePath]) -> None:
         async with trio.open_nursery() as nursery:
             for path in paths:
-                nursery.start_soon(self._node.realiser.realise, path)
+                nursery.start_soon(self._tree, path)
 
     async def _closure_list(self, closure: Sequence[StorePath]) -> StorePath | None:
         if self._order.closure_list is None:
             return None
         node = self._node
         path = await store_path(node, self._order.closure_list)
-        await node.realiser.realise(path)
+        await self._tree(path)
         file = node.store.location(path) / STORE_PATHS_FILE
         with storage("read", file):
             data = await trio.Path(file).read_bytes()
@@ -164,7 +169,7 @@ class _Builder:
             return run, None
         store_dir = self._node.store_dir
         closure = frozenset(await self._node.realiser.closure(roots[0]))
-        finder = ProgramFinder(closure, self._node.realiser.realise, store_dir)
+        finder = ProgramFinder(closure, self._tree, store_dir)
         try:
             programs = await finder.find(roots[0])
         except InvalidData as error:

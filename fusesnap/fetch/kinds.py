@@ -17,6 +17,7 @@ from typing import Final
 import trio
 
 from fusesnap.errors import ClosureUnavailable, FusesnapError, InvalidData
+from fusesnap.fetch.priority import Priority
 from fusesnap.fetch.realiser import Realiser
 from fusesnap.nix.compression import decompressor
 from fusesnap.nix.nar import DirectoryStart, NarEvent, NarParser, NeedData, RegularFile, Symlink
@@ -80,7 +81,7 @@ class KindFinder:
             return await self._first_bytes(path)
         except FusesnapError:
             # What fetches knows how to go on: with another cache, after a while. It says too why not.
-            return _root_of(await self._realiser.realise(path))
+            return _root_of(await self._realiser.realise(path, priority=Priority.PREFETCH))
 
     def _committed(self, path: StorePath) -> Root | None:
         if not self._store.is_committed(path):

@@ -12,6 +12,7 @@ import trio
 
 from fusesnap.errors import InvalidData, StorageFailure
 from fusesnap.fetch.keeping import keeping
+from fusesnap.fetch.priority import Priority
 from fusesnap.fetch.realiser import Realiser
 from fusesnap.images.digest import Digest
 from fusesnap.images.disk import open_regular, refusals
@@ -57,7 +58,7 @@ class StoreImages:
 
     async def is_image(self, path: StorePath) -> bool:
         """Fetch ``path``, and say whether it is to be read as an image, rather than as a package."""
-        tree = await self._realiser.realise(path)
+        tree = await self._tree(path)
         return await trio.to_thread.run_sync(_is_image, tree, self._store.location(path))
 
     @asynccontextmanager
@@ -70,7 +71,7 @@ class StoreImages:
         StorageFailure.
         """
         async with keeping(self._store.roots, [path]) as keep:
-            tree = await self._realiser.realise(path)
+            tree = await self._tree(path)
             name = self._store.store_dir.format(path)
             location = self._store.location(path)
             with ExitStack() as opened:
@@ -92,10 +93,14 @@ class StoreImages:
     ) -> OpenImage:
         store_dir = self._store.store_dir
         closure = await self._realiser.closure(path, keep)
-        finder = ProgramFinder(frozenset(closure), self._realiser.realise, store_dir)
+        finder = ProgramFinder(frozenset(closure), self._tree, store_dir)
         programs = await finder.find(path)
         await trio.to_thread.run_sync(self._check_machine, path, programs)
         return synthesise(path, closure, programs, self._platform, store_dir)
+
+    async def _tree(self, path: StorePath) -> Tree:
+        # Nobody reads it yet: what it refers to is not wanted on its account.
+        return await self._realiser.realise(path, priority=Priority.TRACE)
 
     def _check_machine(self, path: StorePath, programs: Programs) -> None:
         """See that what the image starts is for this platform. What is a script, or elsewhere, may be."""
