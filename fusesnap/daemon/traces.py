@@ -79,6 +79,7 @@ def calls(node: Node, traces: Traces, nursery: trio.Nursery) -> Mapping[str, con
         )
         closure = ClosureDigest.of(there | lazy, node.store_dir)
         start = Start(str(question["key"]), str(question["upper"]), closure, there | lazy, lazy)
+        node.contents.learn(lazy)
         nursery.start_soon(traces.begin, start)
         return {}
 
@@ -90,6 +91,7 @@ def calls(node: Node, traces: Traces, nursery: trio.Nursery) -> Mapping[str, con
         except FusesnapError as error:
             log.warning("the trace that an image carries is not used: %s", error)
             carried = None
+        node.contents.learn(paths)
         nursery.start_soon(traces.foresee, closure, paths, carried)
         return {}
 

@@ -39,8 +39,11 @@ from fusesnap.substituter.pool import Offer
 
 # Bytes of the file that are rather fetched than asked for around: less than most links carry in a round trip.
 NEAR: Final = 32 * 1024
-# Bytes of the file in one request at most: what is more urgent interrupts it, but not without loss.
-LARGEST_RUN: Final = 4 * 1024 * 1024
+# Bytes of the file in one request at most: what is more urgent interrupts it, but not without loss; and who wants its
+# last chunk waits for all of it.
+LARGEST_RUN: Final = 512 * 1024
+# Bytes of the file that are ahead of a sequential reader at most.
+FURTHEST: Final = 4 * 1024 * 1024
 # Bytes of the file that follow a miss, with the same urgency: as much as the link carries in about the time that a
 # request takes anyway, within these. The first is for a link of which nothing is known yet.
 FIRST_REACH: Final = 128 * 1024
@@ -62,7 +65,14 @@ class _Run:
         self.priority = priority
         self.passage: Passage | None = None
         self.error: FusesnapError | None = None
+        self.scope = trio.CancelScope()
+        self.withdrawn = False
         self.arrived = {number: trio.Event() for number in numbers}
+
+    @property
+    def waits(self) -> bool:
+        """Whether nothing of it was asked for yet."""
+        return self.passage is None or self.passage.waits
 
     def want(self, priority: Priority) -> None:
         """It is wanted as urgently as this, if that is more than before."""
@@ -80,7 +90,7 @@ class ReadAhead:
 
     def window(self, first: int) -> int:
         """Bytes of the file to fetch behind a miss at chunk ``first``, less urgently; 0 for one out of the blue."""
-        self._window = min(max(2 * self._window, FIRST_REACH), LARGEST_RUN) * (first == self._next)
+        self._window = min(max(2 * self._window, FIRST_REACH), FURTHEST) * (first == self._next)
         return self._window
 
     def fetched(self, last: int) -> None:
@@ -192,9 +202,7 @@ class ChunkedPath:
             return
         self.used = trio.current_time()
         wanted = {number for start, end in ranges for number in self._missing(start, end)}
-        for number in wanted & self._coming.keys():
-            self._coming[number].want(priority)
-        self._begin(sorted(wanted - self._coming.keys()), priority)
+        self._ask(sorted(wanted), priority)
 
     def at_hand(self, offset: int, size: int) -> bytes | None:
         """The same without waiting: None unless all of it is here."""
@@ -223,16 +231,31 @@ class ChunkedPath:
     async def _ensure(
         self, start: int, end: int, watch: Callable[[Flight], None], priority: Priority
     ) -> None:
-        wanted = [] if self._closed else self._missing(start, end)
-        if not wanted:
-            return
+        while not self._closed and (wanted := self._missing(start, end)):
+            self._ask(wanted, priority)
+            if self._flight is not None:
+                watch(self._flight)
+            await self._wait(self._coming[wanted[0]], wanted[0])
+
+    def _ask(self, wanted: list[int], priority: Priority) -> None:
+        """Have chunks fetched at least as urgently as this. What has not begun begins with them."""
+        coming = {self._coming[number] for number in wanted if number in self._coming}
+        late = [run for run in coming if run.waits and run.priority > priority]
+        for run in coming.difference(late):
+            run.want(priority)
+        for run in late:
+            self._withdraw(run)
         self._begin([number for number in wanted if number not in self._coming], priority)
-        if self._flight is not None:
-            watch(self._flight)
-        for number, run in [(number, self._coming[number]) for number in wanted]:
-            if not run.arrived[number].is_set():
-                run.want(priority)
-            await self._wait(run, number)
+        for run in late:
+            left = self._partial.missing(run.numbers)
+            self._start_runs([n for n in left if n not in self._coming], run.priority)
+
+    def _withdraw(self, run: _Run) -> None:
+        run.withdrawn = True
+        run.scope.cancel()
+        for number in run.numbers:
+            if self._coming.get(number) is run:
+                del self._coming[number]
 
     def _missing(self, start: int, end: int) -> list[int]:
         return self._partial.missing(self._chunks.covering(start, end))
@@ -252,7 +275,7 @@ class ChunkedPath:
                     f"{self.path}: no progress for {self._stall:g} s: waiting for a part of it from"
                     f" {self._source or 'any cache'}"
                 )
-        if not self._partial.has(number):
+        if not self._partial.has(number) and not run.withdrawn:
             raise run.error or Unavailable(f"{self.path}: chunk {number} did not come")
 
     # ------------------------------------------------------------ fetching
@@ -319,7 +342,8 @@ class ChunkedPath:
         run.error = Unavailable(f"{self.path}: the fetch was given up because the process ends")
         run.events.board()
         try:
-            await self._fetch_from(await self._offer(), run)
+            with run.scope:
+                await self._fetch_from(await self._offer(), run)
             run.error = None
         except FusesnapError as error:
             run.error = error
@@ -348,7 +372,9 @@ class ChunkedPath:
         first, last = self._chunks[run.numbers[0]], self._chunks[run.numbers[-1]]
         self._source = offer.substituter.url
         size = last.file_end - first.file_start
-        with self._link.passage(run.priority, self._source, size) as run.passage:
+        # A program that starts asks for one chunk after another, and most of the time it is the round trip that it
+        # waits for: the rest of what it has opened comes meanwhile.
+        with self._link.passage(run.priority, self._source, size, modest=True) as run.passage:
             run.events.cross(run.passage)
             await run.passage.turn()
             run.events.begin(self._source)

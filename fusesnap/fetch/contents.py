@@ -7,7 +7,8 @@ whatever cache has it; a reader sees nothing of that but the time that it takes.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Final
 
@@ -29,13 +30,15 @@ from fusesnap.fetch.priority import Priority
 from fusesnap.fetch.realiser import Realiser
 from fusesnap.nix.startup_trace import StartupTrace
 from fusesnap.nix.store_path import StorePath
-from fusesnap.nix.tree import EntryKind, Tree
+from fusesnap.nix.tree import Entry, EntryKind, Tree
 from fusesnap.store.local_store import LocalStore
 
 log = logging.getLogger(__name__)
 
 # Indexes that are asked for ahead at a time. They are small, and what they cost is round trips.
 _AHEAD: Final = 16
+# Paths of a closure whose indexes are asked for before anybody looks into them: a request each.
+LEARNT_AT_MOST: Final = 250
 # Seconds without a read after which the files of a path are closed.
 UNUSED: Final = 120.0
 
@@ -150,6 +153,21 @@ class Contents:
         if whole:
             self._realiser.request([path for path in paths if path in whole], priority)
 
+    def learn(self, paths: Collection[StorePath]) -> None:
+        """Have the indexes of ``paths`` here before somebody looks into them, where there are any and not too many."""
+        if len(paths) <= LEARNT_AT_MOST:
+            self._nursery.start_soon(self._learn, tuple(sorted(paths)))
+
+    async def _learn(self, paths: Sequence[StorePath]) -> None:
+        async def learn(path: StorePath) -> None:
+            async with self._ahead:
+                with suppress(FusesnapError):  # whoever looks into it will be told
+                    await self._by_chunk(path)
+
+        async with trio.open_nursery() as nursery:
+            for path in paths:
+                nursery.start_soon(learn, path)
+
     def foresee(self, trace: StartupTrace) -> None:
         """Have fetched what a start is about to read: chunks where that can be, else whole paths, in its order."""
         self._nursery.start_soon(self._foresee, trace, name="fetch by a startup trace")
@@ -178,6 +196,12 @@ class Contents:
         whole = [path for path in known if path in found and found[path] is None]
         if whole:
             self._realiser.request(whole, Priority.TRACE)
+
+    async def want_file(self, path: StorePath, entry: Entry) -> None:
+        """Have all of a file fetched that will be read here and there, behind everybody who waits for something."""
+        chunked = await self._by_chunk(path)
+        if chunked is not None:
+            chunked.want([(entry.offset, entry.offset + entry.size)], Priority.REST)
 
     async def _by_chunk(self, path: StorePath) -> ChunkedPath | None:
         if self._store.is_committed(path):

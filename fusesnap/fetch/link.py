@@ -39,9 +39,14 @@ class Link:
         self._watching = False
 
     @contextmanager
-    def passage(self, priority: Priority, source: str, size: int | None) -> Iterator[Passage]:
-        """A transfer of ``size`` bytes, if it is known how many, from the cache ``source``. It waits for its turn."""
-        passage = Passage(self, Load(priority, source, size))
+    def passage(
+        self, priority: Priority, source: str, size: int | None, *, modest: bool = False
+    ) -> Iterator[Passage]:
+        """A transfer of ``size`` bytes, if it is known how many, from the cache ``source``. It waits for its turn.
+
+        ``modest`` is one of many small ones in a row, see ``Load``.
+        """
+        passage = Passage(self, Load(priority, source, size, modest))
         self._passages[passage.load] = passage
         self._scheduler.add(passage.load)
         self.decide()

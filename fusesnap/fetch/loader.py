@@ -26,6 +26,9 @@ from fusesnap.store.storage_errors import storage
 
 log = logging.getLogger(__name__)
 
+# Bytes of a program or library that is fetched as soon as it is opened: it is mapped, and read a page here and a page
+# there, each a round trip. Of a larger one most is never touched.
+MAPPED_AT_MOST = 32 * 1024 * 1024
 MAX_LINKS = 40  # as many as Linux follows in one path
 MAX_FOLLOWED = 4096  # files that one start leads to; a loop of a stranger's making ends somewhere
 
@@ -69,7 +72,10 @@ class Loader:
         if inner:
             location /= os.fsdecode(inner)
         try:
-            dynamic = await self._dynamic_of(pin.info.store_path, tree.entries[index], location)
+            entry = tree.entries[index]
+            if entry.size <= MAPPED_AT_MOST:
+                await self._contents.want_file(pin.info.store_path, entry)
+            dynamic = await self._dynamic_of(pin.info.store_path, entry, location)
             if dynamic is not None:
                 await self._fetch(dynamic)
         except FusesnapError as error:

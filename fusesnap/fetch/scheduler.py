@@ -71,12 +71,14 @@ class LinkLimits:
 class Load:
     """Something to be transferred from ``source``, a cache's URL: ``remaining`` bytes, if it is known how many.
 
-    ``holds``: while it is paused its connection stays, because its cache cannot send the rest alone.
+    ``modest``: it is small, and others may use the link while it waits for its first byte. ``holds``: while it is
+    paused its connection stays, because its cache cannot send the rest alone.
     """
 
     priority: Priority
     source: str
     remaining: int | None
+    modest: bool = False
     number: int = 0
     state: LoadState = LoadState.WAITING
     holds: bool = False
@@ -233,7 +235,7 @@ class Scheduler:
         remaining = math.inf if load.remaining is None else load.remaining
         return _Share(
             is_used=used,
-            is_claimed=used and not (load.flows and self._nearly_done(load)),
+            is_claimed=used and not ((load.flows or load.modest) and self._nearly_done(load)),
             outstanding=remaining if used and load.is_hungry else 0.0,
         )
 

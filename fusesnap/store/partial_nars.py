@@ -22,7 +22,7 @@ import hashlib
 import logging
 import os
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Final, Self
@@ -77,7 +77,7 @@ class PartialNar:
         """Bytes of the NAR that are here."""
         return sum(self._chunks[n].size for n, state in enumerate(self._there) if state == _THERE)
 
-    def missing(self, numbers: range) -> list[int]:
+    def missing(self, numbers: Sequence[int]) -> list[int]:
         """Those of ``numbers`` that are not here."""
         return [number for number in numbers if self._there[number] != _THERE]
 

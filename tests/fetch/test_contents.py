@@ -676,3 +676,58 @@ async def test_a_trace_of_another_nar_fetches_no_part(
     await until(lambda: path.index_name in cache.requests)
     await trio.testing.wait_all_tasks_blocked(0.05)
     assert cache.parts == []
+
+
+async def test_a_file_that_is_wanted_whole_comes_behind_its_readers(
+    cache: MemorySubstituter, make_node: MakeNode
+) -> None:
+    path = put(cache, published("lazy", TREE))
+    node = await node_with(make_node, path)
+    tree = await node.contents.tree(path.path)
+    entry = next(entry for entry in tree.entries if entry.name == b"other")
+    await node.contents.want_file(path.path, entry)
+    # The last chunk is wanted now: what has not begun begins with it.
+    at = len(OTHER_BIG) - CHUNK
+    assert await read(node, path, b"other", at, CHUNK) == OTHER_BIG[at:]
+    chunked = await node.chunked.find(path.path)
+    assert chunked is not None
+    await until(lambda: chunked.is_idle)
+    assert bytes_asked(cache) < 1.1 * len(OTHER_BIG)  # each once, but for what stands around it
+    asked = len(cache.parts)
+    assert await read(node, path, b"other", 0, len(OTHER_BIG)) == OTHER_BIG
+    assert len(cache.parts) == asked
+
+
+async def test_whoever_waits_for_what_another_takes_over_gets_it_too(
+    cache: MemorySubstituter, make_node: MakeNode
+) -> None:
+    path = put(cache, published("lazy", TREE))
+    node = await node_with(make_node, path)
+    entry = next(
+        entry for entry in (await node.contents.tree(path.path)).entries if entry.name == b"other"
+    )
+    found: list[bytes | None] = []
+
+    async def ask(offset: int, priority: Priority) -> None:
+        found.append(
+            await node.contents.read(path.path, entry.offset + offset, CHUNK, priority=priority)
+        )
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(ask, 0, Priority.REST)
+        nursery.start_soon(ask, 0, Priority.TRACE)
+        nursery.start_soon(ask, 0, Priority.READER)
+    assert found == [OTHER_BIG[:CHUNK]] * 3
+
+
+async def test_indexes_are_learnt_before_anybody_looks(
+    cache: MemorySubstituter, make_node: MakeNode
+) -> None:
+    path = put(cache, published("lazy", TREE))
+    node = await node_with(make_node, path)
+    node.contents.learn([path.path])
+    await until(lambda: node.chunked.opened(path.path) is not None)
+    asked = len(cache.requests)
+    await node.contents.tree(path.path)
+    assert len(cache.requests) == asked
+    node.contents.learn([path.path] * 1000)  # too many to be worth a request each

@@ -153,3 +153,25 @@ def test_as_many_transfers_as_bring_more_are_found() -> None:
         width.look(second, received, limits=True)
         received += 1000 * min(width.value, 5)
     assert width.value in (5, 6)
+
+
+@pytest.mark.parametrize("modest", [True, False])
+def test_others_use_the_link_while_a_modest_reader_waits_for_its_first_byte(
+    scheduler: Scheduler, modest: bool
+) -> None:
+    reader = Load(Priority.READER, "a", 10_000, modest)
+    scheduler.add(reader)
+    rest = add(scheduler, Priority.REST)
+    scheduler.decide(0)
+    assert reader.state is LoadState.RUNNING
+    assert rest.state is (LoadState.RUNNING if modest else LoadState.WAITING)
+
+
+def test_a_modest_reader_that_has_much_to_come_has_the_link_for_itself(
+    scheduler: Scheduler,
+) -> None:
+    reader = Load(Priority.READER, "a", 50 * MIB, modest=True)
+    scheduler.add(reader)
+    rest = add(scheduler, Priority.REST)
+    scheduler.decide(0)
+    assert (reader.state, rest.state) == (LoadState.RUNNING, LoadState.WAITING)
