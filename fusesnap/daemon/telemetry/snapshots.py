@@ -11,13 +11,26 @@ import trio
 
 from fusesnap.daemon.telemetry.keeper import Telemetry
 from fusesnap.daemon.telemetry.records import StartRecord
-from fusesnap.errors import FusesnapError
+from fusesnap.errors import (
+    AlreadyExists,
+    FailedPrecondition,
+    FusesnapError,
+    InvalidArgument,
+    NotFound,
+)
 from fusesnap.filesystem.error_counts import kind_of
 from fusesnap.nix.store_path import StorePath
 from fusesnap.snapshots.interface import Info, Mount, Snapshots, Usage
 
 log = logging.getLogger(__name__)
 
+# What containerd is told in the ordinary course of things.
+ANSWERS: Final = (
+    (NotFound, "no such snapshot"),
+    (AlreadyExists, "exists"),
+    (FailedPrecondition, "precondition"),
+    (InvalidArgument, "argument"),
+)
 UPPER: Final = "upperdir="
 LOWER: Final = "lowerdir="
 
@@ -125,7 +138,7 @@ class ObservedSnapshots(Snapshots):
                 yield
             outcome = "ok"
         except FusesnapError as error:
-            outcome = kind_of(error)
+            outcome = told_as(error)
             raise
         finally:
             counters = self._telemetry.counters
@@ -133,6 +146,11 @@ class ObservedSnapshots(Snapshots):
             counters.observe("fusesnap_snapshot_call_seconds", seconds, call=call)
             if outcome not in ("ok", "cancelled"):
                 counters.add("fusesnap_snapshot_call_errors", call=call, kind=outcome)
+
+
+def told_as(error: FusesnapError) -> str:
+    """A word or two for what containerd is told."""
+    return next((name for kind, name in ANSWERS if isinstance(error, kind)), kind_of(error))
 
 
 def start_of(mounts: Sequence[Mount], state: str) -> tuple[str, bool] | None:
