@@ -16,6 +16,8 @@ from typing import Any
 
 import pytest
 import zstandard
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from fusesnap.errors import ContentMismatch, FusesnapError, InvalidData
 from fusesnap.images import blobs
@@ -391,3 +393,40 @@ def test_layouts_win_over_dockers_list(archive: Path, layout: Any, tmp_path: Pat
     (layout.directory / "manifest.json").write_text("[]")
     both = layout.archive(tmp_path / "both.tar")
     assert opened(both) == opened(archive)
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 20_479), st.integers(0, 255)), min_size=1, max_size=8),
+    st.integers(0, 20_480),
+    st.sampled_from(["none", "gzip", "zstd"]),
+)
+@settings(max_examples=150)
+def test_damage_is_refused_or_harmless(
+    tmp_path_factory: pytest.TempPathFactory,
+    changes: list[tuple[int, int]],
+    length: int,
+    compression: str,
+) -> None:
+    directory = tmp_path_factory.mktemp("fuzz", numbered=True)
+    whole = _intact(directory)
+    data = bytearray(COMPRESS.get(compression, bytes)(whole))
+    for place, value in changes:
+        data[place % len(data)] = value
+    path = directory / "x.tar"
+    path.write_bytes(data[: max(length, 1)])
+    try:
+        image, layers = opened(path)
+    except FusesnapError:
+        return
+    # What was let through is what it says it is.
+    assert f"sha256:{sha256(image.manifest.data)}" == str(image.manifest.digest)
+    assert [f"sha256:{sha256(layer)}" for layer in layers] == [
+        str(layer.digest) for layer in image.layers
+    ]
+
+
+def _intact(directory: Path) -> bytes:
+    """What Docker saves, some 20 KiB: nothing in it but its own digests says what it must be."""
+    maker = DockerMaker(directory)
+    maker.image(("a/layer.tar", TAR))
+    return maker.save().read_bytes()
