@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fusesnap.config import DEFAULT_ROOT, Fetch, Settings
+from fusesnap.daemon.doctor.builder import examine_builder
 from fusesnap.daemon.doctor.caches import examine_caches
 from fusesnap.daemon.doctor.containerd import IdMapping, Where, examine_containerd
 from fusesnap.daemon.doctor.findings import CONFIGURATION, Finding, Level, failing
@@ -64,7 +65,7 @@ def examine(
     return Examination(
         (
             Section("machine", tuple(examine_machine(settings.root, stall))),
-            Section("state", tuple(examine_state(settings))),
+            Section("state", (*examine_state(settings), *examine_builder(settings))),
             Section("caches", tuple(examine_caches(settings, sample))),
             Section("containerd", tuple(examine_containerd(settings, where, idmapping))),
         )
