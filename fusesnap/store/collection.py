@@ -30,7 +30,7 @@ from fusesnap.errors import StorageFailure
 from fusesnap.nix.store_path import StoreDir, StorePath
 from fusesnap.store.ballast import Ballast
 from fusesnap.store.collector_lock import CollectorLock
-from fusesnap.store.disk_space import measure
+from fusesnap.store.disk_space import BLOCK, measure
 from fusesnap.store.locks import path_lock_if_free
 from fusesnap.store.partial_nars import remove_unwanted
 from fusesnap.store.recovery import forget_vanished
@@ -169,8 +169,9 @@ class Collection:
 
     def _parts_size(self) -> int:
         """The bytes that parts of paths take: their files are sparse."""
-        with storage("measure", self._target.layout.partial), suppress(FileNotFoundError):
-            return measure(self._target.layout.partial)[0]
+        partial = self._target.layout.partial
+        with storage("measure", partial), suppress(FileNotFoundError):
+            return measure(partial)[0] - partial.lstat().st_blocks * BLOCK
         return 0
 
     def _remove_parts(self) -> int:
