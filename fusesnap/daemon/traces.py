@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Final
@@ -23,6 +23,7 @@ from fusesnap.fetch.traces.traces import Policy, Traces
 from fusesnap.filesystem.waiting import WaitingRequests
 from fusesnap.nix.closure_digest import ClosureDigest
 from fusesnap.nix.signature import TrustedKeys
+from fusesnap.nix.startup_trace import StartupTrace
 from fusesnap.nix.store_path import StoreDir, StorePath
 from fusesnap.nix.trace_labels import TRACE_LABEL_PREFIX, parse_trace_labels
 
@@ -69,29 +70,46 @@ def make_traces(node: Node, recorder: Recorder, waiting: WaitingRequests) -> Tra
     )
 
 
-def calls(node: Node, traces: Traces, nursery: trio.Nursery) -> Mapping[str, control.Answer]:
-    """What the worker is told of starts. It answers at once, and goes about it afterwards."""
+def calls(
+    store_dir: StoreDir,
+    traces: Traces,
+    learn: Callable[[frozenset[StorePath]], object],
+    nursery: trio.Nursery,
+) -> Mapping[str, control.Answer]:
+    """What the worker is told of starts. It answers before it goes about it; ``learn`` is told which paths they show.
 
-    async def start(question: Mapping[str, Any]) -> dict[str, Any]:
-        there, lazy = (
-            frozenset(node.store_dir.parse(path) for path in question[which])
-            for which in ("there", "lazy")
-        )
-        closure = ClosureDigest.of(there | lazy, node.store_dir)
-        start = Start(str(question["key"]), str(question["upper"]), closure, there | lazy, lazy)
-        node.contents.learn(lazy)
-        nursery.start_soon(traces.begin, start)
-        return {}
+    Thousands of paths are read in a thread: readers wait for the loop.
+    """
 
-    async def foresee(question: Mapping[str, Any]) -> dict[str, Any]:
-        paths = frozenset(node.store_dir.parse(path) for path in question["paths"])
-        closure = ClosureDigest.of(paths, node.store_dir)
+    def paths_in(question: Mapping[str, Any], field: str) -> frozenset[StorePath]:
+        return frozenset(store_dir.parse(path) for path in question[field])
+
+    def start_in(question: Mapping[str, Any]) -> Start:
+        lazy = paths_in(question, "lazy")
+        paths = paths_in(question, "there") | lazy
+        closure = ClosureDigest.of(paths, store_dir)
+        return Start(str(question["key"]), str(question["upper"]), closure, paths, lazy)
+
+    def image_in(
+        question: Mapping[str, Any],
+    ) -> tuple[ClosureDigest, frozenset[StorePath], StartupTrace | None]:
+        paths = paths_in(question, "paths")
         try:
             carried = parse_trace_labels(question["labels"])
         except FusesnapError as error:
             log.warning("the trace that an image carries is not used: %s", error)
             carried = None
-        node.contents.learn(paths)
+        return ClosureDigest.of(paths, store_dir), paths, carried
+
+    async def start(question: Mapping[str, Any]) -> dict[str, Any]:
+        start = await trio.to_thread.run_sync(start_in, question)
+        learn(start.lazy)
+        nursery.start_soon(traces.begin, start)
+        return {}
+
+    async def foresee(question: Mapping[str, Any]) -> dict[str, Any]:
+        closure, paths, carried = await trio.to_thread.run_sync(image_in, question)
+        learn(paths)
         nursery.start_soon(traces.foresee, closure, paths, carried)
         return {}
 

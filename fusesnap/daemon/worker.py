@@ -124,7 +124,12 @@ async def answer(worker: Worker, ready: int) -> None:
         nursery.start_soon(worker.waiting.release_killed, is_dying)
         nursery.start_soon(close_unused, worker.open_files, worker.node.contents)
         address = worker.node.settings.root / control.SOCKET_NAME
-        answers = {**calls(worker), **trace_calls(worker.node, worker.traces, nursery)}
+        answers = {
+            **calls(worker),
+            **trace_calls(
+                worker.node.store_dir, worker.traces, worker.node.contents.learn, nursery
+            ),
+        }
         serve_control = partial(control.serve, patient={"realise": realising(worker.node)})
         await nursery.start(serve_control, address, answers)
         nursery.start_soon(say_alive, ready)

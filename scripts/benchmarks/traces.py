@@ -7,6 +7,7 @@ import contextlib
 import json
 import statistics
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,10 @@ from benchmarks.coldstart import PROFILES, Profile, machine, make_ready, scene
 from benchmarks.coldstart_sides import Fusesnap, Scene, Started, start
 from benchmarks.coldstart_workloads import WORKLOADS
 from fusesnap.daemon import control
+from fusesnap.fetch.traces.recorder import Bounds, Recorder
+from fusesnap.fetch.traces.recording import Conditions, Recording, Start
+from fusesnap.nix.closure_digest import ClosureDigest
+from fusesnap.nix.store_path import StoreDir, StorePath
 
 DESCRIPTION = """\
 Starts a real container on machines that have nothing yet, with a trace of an earlier start and without, over an
@@ -75,6 +80,7 @@ def main() -> int:
         shown = json.loads(run([PROGRAM, "trace", "show", "--json", trace]))
         results["trace"] = {key: shown[key] for key in ("size", "file_count", "path_count")}
         results["read"] = reads(directory / "reads", given.reads)
+        results["call"] = call_cost()
     results["machine"] = {**machine(), "workload": given.workload, "profile": given.profile}
     show(results, as_json=given.json)
     return 0
@@ -99,6 +105,23 @@ def reads(work: Path, count: int) -> dict[str, float]:
         times = relay.measure(files, 20, count)
     results = {kind: relay.summary(each)["median"] for kind, each in times.items()}
     return {**results, "ratio": results["recording"] / results["quiet"]}
+
+
+def call_cost(calls: int = 200_000) -> dict[str, float]:
+    """Nanoseconds that a read spends in the recorder, in turns, nothing new being read: the shortest of five times."""
+    path = StorePath("0" * 32, "path")
+    quiet, busy = (Recorder({1: path}.get, time.monotonic, Bounds()) for _ in range(2))
+    closure = ClosureDigest.of([path], StoreDir())
+    start = Start("bench", None, closure, frozenset({path}), frozenset({path}))
+    busy.add(Recording(start, Conditions(0, "0", 0, {}), time.monotonic))
+    taken: dict[str, list[float]] = {"quiet": [], "recording": []}
+    for _ in range(6):
+        for kind, recorder in (("quiet", quiet), ("recording", busy)):
+            begin = time.perf_counter()
+            for number in range(calls):
+                recorder.read(1, 2, number % 1000 * 4096, 4096)
+            taken[kind].append((time.perf_counter() - begin) / calls * 1e9)
+    return {kind: min(each[1:]) for kind, each in taken.items()}
 
 
 @contextlib.contextmanager
@@ -153,6 +176,10 @@ def show(results: dict[str, Any], *, as_json: bool) -> None:
     )
     say.print(
         f"a read of 4 KiB: {read['quiet']:.1f} us, recorded {read['recording']:.1f} us: {read['ratio']:.3f}"
+    )
+    call = results["call"]
+    say.print(
+        f"of that in the recorder: {call['quiet']:.0f} ns, recorded {call['recording']:.0f} ns"
     )
     say.print(", ".join(f"{key} {value}" for key, value in results["machine"].items()))
 

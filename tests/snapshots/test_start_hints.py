@@ -37,3 +37,10 @@ async def test_starts_that_the_lazy_layer_serves_are_told(bench: Bench) -> None:
     assert heard == []
     await bench.snapshotter.remove("one")
     assert heard == [("ended", "one")]
+
+
+async def test_what_an_image_brings_is_handed_on(bench: Bench) -> None:
+    tool = bench.path("tool", {"bin": {"tool": b"tool"}})
+    labels = {"containerd.io/snapshot/x": "y"}
+    await bench.layer("image", "", bench.placeholders(tool), labels)
+    assert bench.starts.heard == [("foreseen", frozenset({tool}), labels)]

@@ -81,9 +81,13 @@ class RecordedFile:
 
     def read(self, offset: int, size: int) -> None:
         """``size`` bytes from ``offset`` were asked for. It is called for every read: mostly there is nothing new."""
-        for block in range(offset >> _SHIFT, (offset + size - 1 >> _SHIFT) + 1):
-            if block not in self.blocks:
-                self.blocks.add(block)
+        first, last = offset >> _SHIFT, offset + size - 1 >> _SHIFT
+        known = self.blocks
+        if first in known and (last == first or (last == first + 1 and last in known)):
+            return
+        for block in range(first, last + 1):
+            if block not in known:
+                known.add(block)
                 self.recording.note_block(self, block)
 
 
