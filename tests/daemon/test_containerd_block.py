@@ -25,6 +25,11 @@ def test_it_is_a_whole_file(version: str) -> None:
     assert [each["snapshotter"] for each in unpack] == ["overlayfs", "fusesnap"]
 
 
+def test_the_kubelets_part_is_said() -> None:
+    said = block("3", Snapshotter(Path("/s/fusesnap.sock"), Path("/r")))
+    assert '--image-service-endpoint="unix:///s/fusesnap.sock"' in said
+
+
 def test_ids_are_mapped_only_where_it_is_said() -> None:
     found = tomllib.loads(block("3", Snapshotter(Path("/s"), Path("/r"))))
     assert "capabilities" not in found["proxy_plugins"]["fusesnap"]
