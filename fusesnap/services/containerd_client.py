@@ -25,6 +25,7 @@ MAX_MESSAGE_BYTES: Final = 16 << 20
 # How long containerd may have been back before we notice, in milliseconds. gRPC would wait for up to two minutes.
 LONGEST_BACKOFF: Final = 1000
 
+HINT: Final = "is that containerd's socket, and does it run? See containerd-address in fusesnap's configuration"
 SNAPSHOTTER: Final = "io.containerd.snapshotter.v1"
 ADDRESS: Final = "address"  # of a proxy plugin, among its exports
 
@@ -104,7 +105,10 @@ def find_snapshotter(address: Path, socket: Path, preferred: str) -> str:
     If it has several names, ``preferred`` if that is one of them. Raises ``FailedPrecondition`` where it has none, and
     ``Unavailable``.
     """
-    names = snapshotters_at(ask_plugins(address), socket, preferred)
+    try:
+        names = snapshotters_at(ask_plugins(address), socket, preferred)
+    except Unavailable as error:
+        raise Unavailable(f"{error}: {HINT}") from error
     if not names:
         raise FailedPrecondition(
             f"containerd at {address} has no snapshotter at {socket}: put what"

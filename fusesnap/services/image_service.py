@@ -27,6 +27,7 @@ from fusesnap.services.api.cri_images_pb2 import (
     RemoveImageRequest,
 )
 from fusesnap.services.calls import Calls
+from fusesnap.services.containerd_client import HINT
 from fusesnap.services.status import status_of
 
 SERVICE: Final = "runtime.v1.ImageService"
@@ -34,6 +35,8 @@ OLD_SERVICE: Final = "runtime.v1alpha2.ImageService"
 # Each call waits on a thread of the server, and what it waits for may need the snapshotter, whose calls need threads of
 # the same server. A kubelet makes a few at a time.
 CONCURRENT_CALLS: Final = 32
+# What gRPC says where nobody listens (``pick_first.cc`` of its core).
+_NOBODY: Final = "failed to connect to all addresses"
 _LONGEST: Final = float(1 << 30)  # seconds
 # What each hop says for itself.
 _OF_THE_HOP: Final = ("user-agent",)
@@ -137,7 +140,7 @@ class ImageService:
                 raise
         context.set_trailing_metadata(call.trailing_metadata())
         context.set_code(call.code())
-        context.set_details(call.details())
+        context.set_details(_with_hint(call.details()))
 
     @contextmanager
     def _admitted(self, context: grpc.ServicerContext) -> Iterator[None]:
@@ -190,6 +193,11 @@ def _too_old(_: bytes, context: grpc.ServicerContext) -> Iterator[bytes]:
         grpc.StatusCode.UNIMPLEMENTED,
         f"fusesnap serves {SERVICE}; {OLD_SERVICE} is of Kubernetes before 1.23: upgrade the client",
     )
+
+
+def _with_hint(details: str) -> str:
+    """What is said where nobody is at containerd's address, with what to do; all else as containerd says it."""
+    return f"{details}: {HINT}" if details.startswith(_NOBODY) else details
 
 
 def _parsed(kind: type[_Named], request: bytes) -> _Named | None:

@@ -21,6 +21,8 @@ def test_nobody_answers(tmp_path: Path) -> None:
     for ask in (ask_version, ask_plugins, lambda address: find_snapshotter(address, address, "x")):
         with pytest.raises(Unavailable, match=str(tmp_path / "none.sock")):
             ask(tmp_path / "none.sock")
+    with pytest.raises(Unavailable, match="See containerd-address"):
+        find_snapshotter(tmp_path / "none.sock", tmp_path, "x")
 
 
 def plugin(name: str, **exports: str) -> Plugin:

@@ -230,6 +230,7 @@ async def test_without_containerd_the_message_says_where_it_was_looked_for(
     error = await kubelet.fail("ListImages")
     assert error.code() is grpc.StatusCode.UNAVAILABLE
     assert f"{tmp_path}/containerd.sock" in error.details()
+    assert "See containerd-address" in error.details()
 
 
 async def test_an_image_of_nix_is_pulled_here(
