@@ -418,7 +418,10 @@ def _summary(report: dict[str, Any]) -> str:
     if not paths:
         return "no store paths: an ordinary image"
     missing = [path for path in paths if not path["present"]]
-    text = f"{len(paths)} store paths with {bytes_for_people(report['nar_size'])}: {len(paths) - len(missing)} are here"
+    here = len(paths) - len(missing)
+    verb = "is" if here == 1 else "are"
+    size = bytes_for_people(report["nar_size"])
+    text = f"{len(paths)} store paths with {size}: {here} {verb} here"
     if missing:
         text += (
             f", {len(missing)} with {bytes_for_people(report['missing_nar_size'])} are to be fetched"

@@ -17,7 +17,7 @@ from fusesnap.images.documents import MAX_DOCUMENT_SIZE, parse_index
 from fusesnap.images.opening import OpenImage, open_image
 from fusesnap.images.platform import Platform
 from fusesnap.images.reference import parse_reference
-from fusesnap.images.store_images import StoreImages
+from fusesnap.images.store_images import StoreImages, resolve
 from fusesnap.nix.quoting import quote
 from fusesnap.nix.store_path import StorePath
 
@@ -67,9 +67,7 @@ async def store_path(node: Node, text: str) -> StorePath:
     """
     reference = parse_reference(text, node.store_dir)
     if reference is not None:
-        path = await node.realiser.resolve(reference.hash_part)
-        reference.check(path)
-        return path
+        return await resolve(node.realiser, reference)
     full = text
     if not text.startswith(f"{node.store_dir}/"):
         full = str(await trio.Path(text).resolve())

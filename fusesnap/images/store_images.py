@@ -10,7 +10,7 @@ from typing import Final
 
 import trio
 
-from fusesnap.errors import InvalidData, StorageFailure
+from fusesnap.errors import InvalidData, PathNotFound, StorageFailure
 from fusesnap.fetch.keeping import keeping
 from fusesnap.fetch.priority import Priority
 from fusesnap.fetch.realiser import Realiser
@@ -33,6 +33,23 @@ _TAR_MAGIC_AT: Final = 257
 _TAR_MAGIC: Final = b"ustar"
 
 
+async def resolve(realiser: Realiser, reference: NixReference) -> StorePath:
+    """Return the store path that ``reference`` names.
+
+    Where no cache has one with its hash part it is the path of that spelling: perhaps it can be built, and whoever
+    fetches it says that it cannot be had. Raises InvalidArgument where its name is another one, and as
+    ``Realiser.resolve``.
+    """
+    try:
+        path = await realiser.resolve(reference.hash_part)
+    except PathNotFound:
+        if reference.spelling is None:
+            raise
+        return StorePath(reference.hash_part.hash_part, reference.spelling)
+    reference.check(path)
+    return path
+
+
 class StoreImages:
     """Opens the images of one store, for one platform.
 
@@ -48,13 +65,8 @@ class StoreImages:
         self._scratch = scratch
 
     async def resolve(self, reference: NixReference) -> StorePath:
-        """Return the store path that ``reference`` names.
-
-        Raises InvalidArgument where its name is another one, and as ``Realiser.resolve``.
-        """
-        path = await self._realiser.resolve(reference.hash_part)
-        reference.check(path)
-        return path
+        """Return the store path that ``reference`` names, see :func:`resolve`."""
+        return await resolve(self._realiser, reference)
 
     async def is_image(self, path: StorePath) -> bool:
         """Fetch ``path``, and say whether it is to be read as an image, rather than as a package."""

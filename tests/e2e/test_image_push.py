@@ -114,4 +114,4 @@ def test_inspect(
     said = image("inspect", archives[1], *source)
     assert "entrypoint /bin/sh 'a b'" in said
     assert f"{len(paths)} store paths with" in said
-    assert "1 are here" in said
+    assert "1 is here" in said

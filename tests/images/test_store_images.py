@@ -18,6 +18,7 @@ from fusesnap.errors import (
     InvalidData,
     PathNotFound,
 )
+from fusesnap.fetch.builder import Builder
 from fusesnap.fetch.flight import Reader
 from fusesnap.fetch.link import open_link
 from fusesnap.fetch.realiser import Limits, Realiser
@@ -38,6 +39,7 @@ from ..store import conftest as made
 from ..substituter.samples import KEY, TRUSTED
 
 Publish = Callable[..., StorePath]
+MakeImages = Callable[..., StoreImages]
 TAR = bytes(10240)
 PACKAGE: made.Tree = {"bin": {"hello": (b"#!/bin/sh",)}}
 
@@ -67,9 +69,11 @@ def publish(cache: MemorySubstituter) -> Publish:
 
 
 @pytest.fixture
-async def images(
+async def make_images(
     store: LocalStore, cache: MemorySubstituter, nursery: trio.Nursery, tmp_path: Path
-) -> StoreImages:
+) -> MakeImages:
+    """Makes what opens images, perhaps with a builder."""
+
     async def at_once(seconds: float) -> None:
         await trio.lowlevel.checkpoint()
 
@@ -82,10 +86,26 @@ async def images(
         deadline=10.0,
     )
     link, unpackers = open_link(nursery), ThreadUnpackers(store)
-    realiser = Realiser(
-        store, pool, unpackers, link, nursery, Limits(), lambda pid: Reader(pid, "test")
-    )
-    return StoreImages(store, realiser, Platform("linux", "amd64"), tmp_path)
+
+    def make(builder: Builder | None = None) -> StoreImages:
+        realiser = Realiser(
+            store,
+            pool,
+            unpackers,
+            link,
+            nursery,
+            Limits(),
+            lambda pid: Reader(pid, "test"),
+            builder=builder,
+        )
+        return StoreImages(store, realiser, Platform("linux", "amd64"), tmp_path)
+
+    return make
+
+
+@pytest.fixture
+def images(make_images: MakeImages) -> StoreImages:
+    return make_images()
 
 
 async def refusal(
