@@ -221,6 +221,8 @@ class ChunkedPath:
         left = self.remaining
         for done in range(0, self._chunks.nar_size, _PIECE):
             size = min(_PIECE, self._chunks.nar_size - done)
+            # More than one piece is asked for at a time, or each would wait for its round trip.
+            self.want([(done, done + FURTHEST)], priority())
             data = await self.read(done, size, priority=priority())
             if data is None:
                 raise Unavailable(f"{self.path}: what was here of it was removed")

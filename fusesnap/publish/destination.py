@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import AsyncGenerator, Iterable
-from contextlib import aclosing, suppress
+from collections.abc import AsyncGenerator, Iterable, Iterator
+from contextlib import aclosing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Protocol
@@ -14,6 +14,7 @@ import trio
 
 from fusesnap.errors import InvalidData, PathNotFound
 from fusesnap.store.durability import flush_directory, flush_trees
+from fusesnap.store.locks import try_flock
 from fusesnap.store.storage_errors import storage
 
 PIECE: Final = 1024 * 1024
@@ -89,13 +90,49 @@ async def read_whole(destination: Destination, name: str, limit: int) -> bytes |
     return data
 
 
+@contextmanager
+def spooled(directory: Path) -> Iterator[Path]:
+    """A new file for what is being made, to be moved away; otherwise it is removed.
+
+    It is locked meanwhile, so that another run does not take it for what a dead one left. Raises StorageFailure.
+    """
+    with storage("write to", directory):
+        descriptor, path = _locked_file(directory)
+    try:
+        yield path
+    finally:
+        path.unlink(missing_ok=True)
+        os.close(descriptor)
+
+
+def _locked_file(directory: Path) -> tuple[int, Path]:
+    while True:
+        descriptor, name = tempfile.mkstemp(dir=directory, prefix=SPOOL_PREFIX)
+        # Between the two another run may have removed it.
+        if try_flock(descriptor) and os.fstat(descriptor).st_nlink:
+            return descriptor, Path(name)
+        os.close(descriptor)
+
+
+def _remove_if_unlocked(path: Path) -> None:
+    with suppress(FileNotFoundError):
+        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+        try:
+            if try_flock(descriptor):
+                path.unlink()
+        finally:
+            os.close(descriptor)
+
+
 class DirectoryDestination:
     """A directory on this machine, served by whatever serves files."""
 
     def __init__(self, directory: Path) -> None:
-        """Make the directory where it is missing. Raises StorageFailure."""
+        """Make the directory where it is missing, and remove what a run that was killed left. Raises StorageFailure."""
         with storage("create", directory):
             directory.mkdir(parents=True, exist_ok=True)
+            for left in directory.glob(f"{SPOOL_PREFIX}*"):
+                _remove_if_unlocked(left)
         self._directory = directory
 
     @property
@@ -143,15 +180,9 @@ class DirectoryDestination:
         await trio.to_thread.run_sync(self._put_bytes, name, data)
 
     def _put_bytes(self, name: str, data: bytes) -> None:
-        with storage("write", self._directory / name):
-            descriptor, temporary = tempfile.mkstemp(dir=self._directory, prefix=SPOOL_PREFIX)
-            try:
-                with os.fdopen(descriptor, "wb") as file:
-                    file.write(data)
-                self._put(name, Path(temporary))
-            except BaseException:
-                Path(temporary).unlink(missing_ok=True)
-                raise
+        with storage("write", self._directory / name), spooled(self._directory) as temporary:
+            temporary.write_bytes(data)
+            self._put(name, temporary)
 
     async def names(self) -> Iterable[str] | None:
         return await trio.to_thread.run_sync(self._names)

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
-import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
@@ -29,13 +26,12 @@ from fusesnap.publish.destination import (
     LISTING,
     NAR,
     NARINFO,
-    SPOOL_PREFIX,
     Destination,
     read_whole,
+    spooled,
 )
 from fusesnap.publish.packing import PackedNar, Packer
 from fusesnap.publish.source import Source
-from fusesnap.store.storage_errors import storage
 from fusesnap.substituter.answers import narinfo_name
 from fusesnap.substituter.base import CACHE_INFO_NAME
 
@@ -160,7 +156,7 @@ class Publisher:
 
     async def _pack(self, info: NarInfo, signatures: Iterable[Signature]) -> _Prepared:
         destination = self._destination
-        with _spooled(destination.spool) as spool:
+        with spooled(destination.spool) as spool:
             packed = await trio.to_thread.run_sync(self._pack_into, info, spool)
             nar_name = f"nar/{packed.file_hash.nix32()}.nar.zst"
             uploaded = 0
@@ -238,15 +234,3 @@ class _Prepared:
 
 def _sha256(data: bytes) -> Hash:
     return Hash(HashAlgorithm.SHA256, hashlib.sha256(data).digest())
-
-
-@contextmanager
-def _spooled(directory: Path) -> Iterator[Path]:
-    """A file for what is being packed; removed unless it was moved away."""
-    with storage("write to", directory):
-        descriptor, name = tempfile.mkstemp(dir=directory, prefix=SPOOL_PREFIX)
-    os.close(descriptor)
-    try:
-        yield Path(name)
-    finally:
-        Path(name).unlink(missing_ok=True)

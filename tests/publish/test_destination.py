@@ -23,9 +23,11 @@ from fusesnap.publish.destination import (
     NAR,
     NARINFO,
     PIECE,
+    SPOOL_PREFIX,
     Destination,
     DirectoryDestination,
     read_whole,
+    spooled,
 )
 from fusesnap.publish.http_destination import HttpDestination
 from fusesnap.publish.s3_destination import S3Address, S3Destination
@@ -250,3 +252,12 @@ async def test_errors_are_ours(tmp_path: Path) -> None:
     destination = DirectoryDestination(tmp_path / "cache")
     with pytest.raises(FusesnapError):
         await destination.put("x", tmp_path / "nowhere", NAR)
+
+
+def test_what_a_killed_run_left_is_removed_and_what_another_makes_is_not(tmp_path: Path) -> None:
+    (tmp_path / f"{SPOOL_PREFIX}dead").write_text("half of a NAR")
+    with spooled(tmp_path) as made:
+        made.write_text("the other half")
+        DirectoryDestination(tmp_path)
+        assert [path.name for path in tmp_path.iterdir()] == [made.name]
+    assert list(tmp_path.iterdir()) == []
