@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Final
 
 from fusesnap.daemon.telemetry.journal import Batch, CounterKey
@@ -17,6 +18,7 @@ from fusesnap.daemon.telemetry.records import Phase
 from fusesnap.fetch.events import Asked, FetchEvent, Landed, Part, Received
 from fusesnap.filesystem.error_counts import kind_of
 from fusesnap.filesystem.wait_events import Answered, Blocked, WaitEvent
+from fusesnap.nix.store_path import StorePath
 
 # Upper bounds in seconds. A wait is a round trip at least, and ends at the stall timeout of a slow link's large NAR.
 BUCKETS: Final = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
@@ -41,7 +43,10 @@ class Counters:
 
     def add(self, name: str, amount: float = 1, /, **labels: str) -> None:
         """``name`` grows by ``amount``."""
-        which = key(name, labels)
+        self.grow(key(name, labels), amount)
+
+    def grow(self, which: CounterKey, amount: float) -> None:
+        """The counter with this key grows by ``amount``."""
         self._grown[which] = self._grown.get(which, 0) + amount
 
     def observe(self, name: str, seconds: float, /, **labels: str) -> None:
@@ -64,6 +69,12 @@ class Counters:
             self._grown[which] = self._grown.get(which, 0) + grown
 
 
+@lru_cache(maxsize=256)
+def fetched_bytes(cache: str, reason: str) -> CounterKey:
+    """The key of a counter that grows thousands of times a second."""
+    return key("fusesnap_fetched_bytes", {"cache": cache, "reason": reason})
+
+
 @dataclass(slots=True)
 class _Fetching:
     """A path that is under way: when its last step was, and who wants it."""
@@ -79,29 +90,26 @@ class Counting:
 
     counters: Counters
     clock: Callable[[], float]
-    _fetching: dict[tuple[str, Part | None], _Fetching] = field(default_factory=dict)
-    _blocked: dict[int, tuple[str, str, float]] = field(default_factory=dict)
-    _waiting: Counter[str] = field(default_factory=Counter)
+    _fetching: dict[tuple[StorePath, Part | None], _Fetching] = field(default_factory=dict)
+    _blocked: dict[int, tuple[str, StorePath, float]] = field(default_factory=dict)
+    _waiting: Counter[StorePath] = field(default_factory=Counter)
 
     def fetch(self, event: FetchEvent) -> None:
         """Something happened to a path."""
-        path = event.path.base_name
-        which = path, event.part
+        which = event.path, event.part
         if isinstance(event, Asked):
             self._fetching[which] = _Fetching(event.priority.name.lower(), self.clock())
             return
         fetching = self._fetching.get(which)
-        if fetching is None:  # pragma: no cover - each path is asked for first
-            return
+        if fetching is None:
+            return  # an observer must not fail, whatever it is told
         following = phase_after(event, fetching.phase)
         if following is not fetching.phase:
             self._end_phase(fetching)
             fetching.phase, fetching.since = following, self.clock()
         if isinstance(event, Received):
-            reason = "reader" if self._waiting[path] else fetching.reason
-            self.counters.add(
-                "fusesnap_fetched_bytes", event.count, cache=event.cache, reason=reason
-            )
+            reason = "reader" if self._waiting[event.path] else fetching.reason
+            self.counters.grow(fetched_bytes(event.cache, reason), event.count)
         elif isinstance(event, Landed):
             self._end_phase(fetching)
             del self._fetching[which]
@@ -116,10 +124,12 @@ class Counting:
         """A request begins to wait, or has waited."""
         match event:
             case Blocked(number, question):
-                path = question.path.base_name
+                path = question.path
                 self._blocked[number] = (question.operation, path, self.clock())
                 self._waiting[path] += 1
             case Answered(number, error):
+                if number not in self._blocked:
+                    return
                 operation, path, began = self._blocked.pop(number)
                 self._waiting[path] -= 1
                 if not self._waiting[path]:

@@ -119,6 +119,15 @@ async def test_bytes_count_for_the_reader_who_waits_and_else_for_whom_they_were_
         )
 
 
+async def test_what_nobody_asked_for_disturbs_nobody(tmp_path: Path) -> None:
+    kept = telemetry(tmp_path)
+    for event in (Boarded(PATH), Received(PATH, CACHE, 5), Landed(PATH)):
+        kept.fetch(event)
+    kept.wait(Answered(7))
+    await kept.flush()
+    assert counters(tmp_path) == {}
+
+
 async def test_totals_are_counted_by_what_they_grew(
     tmp_path: Path, autojump_clock: MockClock
 ) -> None:

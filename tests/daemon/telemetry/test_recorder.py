@@ -6,8 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fusesnap.daemon.telemetry.journal import Batch
-from fusesnap.daemon.telemetry.recorder import MARKS, STEPS, UNWRITTEN, Recorder
+from fusesnap.daemon.telemetry.recorder import UNWRITTEN, Recorder
 from fusesnap.daemon.telemetry.records import Attempt, FetchRecord, Phase, Step, WaitRecord
+from fusesnap.daemon.telemetry.under_way import MARKS, STEPS
 from fusesnap.errors import Unavailable
 from fusesnap.fetch.events import (
     Asked,
