@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from testbed.binary_cache import HttpCache, SigningKey
+from testbed.binary_cache import CacheFiles, HttpCache, SigningKey
 from testbed.processes import CommandFailed, run
 from testbed.synthetic import SimpleClosure
 
+from .commands import fusesnap
 from .conftest import Node, NodeMaker
 
 LOGGED = "fusesnap fusesnap.daemon.preload: "
 FUSESNAP = Path(sys.executable).with_name("fusesnap")
-
-
-def fusesnap(*arguments: object) -> str:
-    """Run a command of ours and return what it says. Raises CommandFailed."""
-    return run([str(word) for word in (FUSESNAP, *arguments)])
 
 
 @pytest.fixture
@@ -102,13 +98,37 @@ def test_preloaded_at_start(
     assert cache.requests() == []
 
 
-def test_without_containerd_it_says_so(simple: SimpleClosure, work: Path) -> None:
-    command = [FUSESNAP, "image", "load", work / "absent.tar", "x", "--state", work / "s"]
-    done = subprocess.run(
-        [*map(str, command), "--containerd-address", str(work / "absent.sock")],
-        capture_output=True,
-        text=True,
-        check=False,
+def test_what_no_cache_has_is_built(
+    make_node: NodeMaker,
+    cache_files: CacheFiles,
+    simple: SimpleClosure,
+    key: SigningKey,
+    work: Path,
+) -> None:
+    """A package of which no image was ever made, and which no cache of the node has."""
+    empty = work / "empty"
+    empty.mkdir()
+    (empty / "nix-cache-info").write_text("StoreDir: /nix/store\n")
+    script = (
+        "exec nix --extra-experimental-features nix-command copy --no-check-sigs"
+        f' --from file://{cache_files.directory} --to "$FUSESNAP_STORE" "$1"'
     )
-    assert done.returncode == 74
-    assert "absent.tar: No such file or directory" in done.stderr
+    settings = work / "builder.toml"
+    settings.write_text(f"[builder]\ncommand = {json.dumps(['sh', '-c', script, 'builder'])}\n")
+    node = make_node(f"file://{empty}", options=["--config", str(settings)])
+    place = ["--state", node.daemon.state, "--address", node.daemon.address]
+    place += ["--containerd-address", node.containerd.address, "--config", settings]
+    place += ["-s", f"file://{empty}", "--trusted-public-key", key.public]
+    fusesnap("image", "load", f"nix:0{simple.script}", "built", *place)
+    said = node.containerd.run("docker.io/library/built:latest", "one")
+    assert said == "hello from a store path\n"
+    with pytest.raises(CommandFailed) as caught:
+        fusesnap("prefetch", f"/nix/store/{'0' * 32}-absent", *place[:2], *place[6:])
+    assert "no substituter has it" in str(caught.value)
+    assert "; builder sh -c " in str(caught.value)
+
+
+def test_what_is_said_where_nothing_can_be_loaded(work: Path) -> None:
+    place = ["--state", work / "s", "--containerd-address", work / "absent.sock"]
+    with pytest.raises(CommandFailed, match=r"74: .*absent.tar: No such file or directory"):
+        fusesnap("image", "load", work / "absent.tar", "x", *place)
