@@ -50,6 +50,8 @@ BATCH: Final = 128
 EVICTION_STEPS: Final = ("invalidate", "move_away", "remove")
 
 _COLLECTED: Final = "collected"
+# Sizes that are kept in memory before they are written together: all of them are looked up for each path that comes.
+_NOTED_AT: Final = 256
 _FULL: Final = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -110,13 +112,17 @@ class Collection:
         ] = {}  # of paths whose size is not in the database yet, by ordinal
 
     def size(self) -> int:
-        """The bytes that all recorded paths take, and parts of paths. Writes nothing, unlike :meth:`measure`."""
+        """The bytes that all recorded paths take, and parts of paths. Hardly ever writes, unlike :meth:`measure`."""
         state = self._target.state
         unmeasured = state.unmeasured()
         known = self._sizes
         self._sizes = {
             path.ordinal: known.get(path.ordinal) or self._measure(path) for path in unmeasured
         }
+        if len(self._sizes) >= _NOTED_AT:
+            with suppress(StorageFailure):  # they are known all the same
+                state.set_sizes(self._sizes)
+                self._sizes = {}
         return state.total_size() + sum(self._sizes.values()) + self._parts_size()
 
     def measure(self) -> int:

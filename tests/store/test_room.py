@@ -170,6 +170,22 @@ def test_sizes_are_known_without_a_write(
     assert len(measured) == 2
 
 
+def test_sizes_of_many_paths_are_written_together(
+    limited: Callable[..., LocalStore],
+    make: Make,
+    commit: Commit,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("fusesnap.store.collection._NOTED_AT", 3)
+    store = limited(max_size=100 * NAR)
+    unmeasured: list[int] = []
+    for name in ("one", "two", "three", "four"):
+        committed(store, make, commit, name)
+        assert store._collection.size() == (len(unmeasured) + 1) * NAR
+        unmeasured.append(len(store._target.state.unmeasured()))
+    assert unmeasured == [1, 2, 0, 1]
+
+
 def test_what_is_here_of_other_paths_counts_and_goes_first(
     limited: Callable[..., LocalStore], make: Make, commit: Commit, tmp_path: Path
 ) -> None:

@@ -32,6 +32,7 @@ from fusesnap.nix.narinfo import NarInfo, parse_narinfo
 from fusesnap.nix.signature import TrustedKeys
 from fusesnap.nix.store_path import StoreDir, StorePath
 from fusesnap.nix.trust import check_trust
+from fusesnap.substituter.addresses import parse_cache_url
 from fusesnap.substituter.answers import MISSING_CACHE_INFO
 from fusesnap.substituter.base import Substituter
 from fusesnap.substituter.client import open_substituter
@@ -60,7 +61,7 @@ class Clock:
 
 def examine_caches(settings: Settings, sample: str | None) -> list[Finding]:
     """The caches of ``settings``; ``sample`` is a store path that they are asked for, else one that each has had."""
-    findings = Findings([keys(settings)])
+    findings = Findings([keys(settings), *tokens(settings)])
     with findings.instead_of_error("caches", "correct the configuration"):
         store_dir = StoreDir(settings.store_dir)
         path = store_dir.parse(sample) if sample is not None else None
@@ -78,6 +79,18 @@ def keys(settings: Settings) -> Finding:
             "trusted-public-keys, or --trusted-public-key",
         )
     return well("keys", f"trusted: {', '.join(names)}")
+
+
+def tokens(settings: Settings) -> list[Finding]:
+    """Tokens that no cache is ever told, because nothing is fetched from where they are for."""
+    caches = {parse_cache_url(url).url for url in settings.substituters}
+    return [
+        doubtful(
+            "tokens", f"{url} is not among substituters: nobody is told its token", "token-files"
+        )
+        for url in settings.token_files
+        if parse_cache_url(url).url not in caches
+    ]
 
 
 async def _examine(

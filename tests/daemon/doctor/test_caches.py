@@ -148,6 +148,18 @@ def test_a_password_file_that_is_not_there(tmp_path: Path, directory: Path) -> N
     assert str(tmp_path / "netrc") in finding.said
 
 
+def test_a_token_for_nobody(tmp_path: Path, directory: Path) -> None:
+    token = tmp_path / "token"
+    token.write_text("word")
+    with served(directory) as url:
+        given = settings(tmp_path, f"{url}?priority=3").model_copy(
+            update={"token_files": {url: token, "https://other.example.org": token}}
+        )
+        (finding,) = (each for each in found(given) if each.subject == "tokens")
+    assert finding.level == Level.WARNING
+    assert "https://other.example.org is not among substituters" in finding.said
+
+
 def test_a_clock_that_is_wrong(tmp_path: Path, directory: Path) -> None:
     with served(directory, ahead=600) as url:
         finding = found(settings(tmp_path, url))[-1]
