@@ -9,13 +9,16 @@ import re
 import shlex
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from fusesnap.cli import options
 from fusesnap.cli.status import size as bytes_for_people
 from fusesnap.config import Settings
+
+if TYPE_CHECKING:
+    from fusesnap.daemon.image_build import Order
 
 _PORT = re.compile(r"[0-9]{1,5}(?:/(?:tcp|udp|sctp))?", re.ASCII)
 
@@ -127,26 +130,7 @@ def absolute(
 @as_json
 @options.state
 @options.fetching
-def build(
-    paths: tuple[str, ...],
-    output: str,
-    tag: str | None,
-    entrypoint: tuple[str, ...],
-    cmd: tuple[str, ...],
-    env: dict[str, str],
-    user: str | None,
-    workdir: str | None,
-    label: dict[str, str],
-    expose: frozenset[str],
-    volume: frozenset[str],
-    copy_to_root: tuple[str, ...],
-    base: str | None,
-    arch: str | None,
-    closure_list: str | None,
-    realise: bool,
-    as_json: bool,
-    **fetching: Any,
-) -> None:
+def build(paths: tuple[str, ...], output: str, as_json: bool, **given: Any) -> None:
     """Build an image of the closures of store paths, a few KiB large.
 
     It names the store paths instead of carrying them: they are fetched where it runs, by fusesnap or nix-snapshotter.
@@ -159,41 +143,48 @@ def build(
     import trio  # noqa: PLC0415
 
     from fusesnap.cli.progress import LiveLine  # noqa: PLC0415
-    from fusesnap.daemon.image_build import Order, build_image  # noqa: PLC0415
-    from fusesnap.images.run_config import RunConfig  # noqa: PLC0415
+    from fusesnap.daemon.image_build import build_image  # noqa: PLC0415
 
-    run = RunConfig(
-        entrypoint=entrypoint or None,
-        command=cmd or None,
-        environment=env,
-        user=user,
-        working_directory=workdir,
-        labels=label,
-        ports=expose,
-        volumes=volume,
-    )
-    place, as_layout = output_place(output)
-    order = Order(
-        paths=paths,
-        run=run,
-        platform=platform_of(arch),
-        output=place,
-        as_layout=as_layout,
-        tag=tag,
-        copy_to_root=copy_to_root,
-        base=base,
-        closure_list=closure_list,
-        realise=realise,
-    )
+    order = order_of(paths, output, given)
     with LiveLine() as line:
-        built = trio.run(build_image, settings_of(fetching), order, line.update)
+        built = trio.run(build_image, settings_of(given), order, line.update)
     if as_json:
-        click.echo(json.dumps({"output": str(place), **asdict(built)}, indent=2))
+        click.echo(json.dumps({"output": str(order.output), **asdict(built)}, indent=2))
         return
     if built.remark is not None:
         click.echo(f"note: {built.remark}", err=True)
     size = bytes_for_people(built.layer_size)
-    click.echo(f"{place}: {built.digest}, {built.paths} store paths in a layer of {size}")
+    click.echo(f"{order.output}: {built.digest}, {built.paths} store paths in a layer of {size}")
+
+
+def order_of(paths: tuple[str, ...], output: str, given: dict[str, Any]) -> Order:
+    """What ``image build`` is to build, by its options, which are taken out of ``given``."""
+    from fusesnap.daemon.image_build import Order  # noqa: PLC0415
+    from fusesnap.images.run_config import RunConfig  # noqa: PLC0415
+
+    place, as_layout = output_place(output)
+    run = RunConfig(
+        entrypoint=given.pop("entrypoint") or None,
+        command=given.pop("cmd") or None,
+        environment=given.pop("env"),
+        user=given.pop("user"),
+        working_directory=given.pop("workdir"),
+        labels=given.pop("label"),
+        ports=given.pop("expose"),
+        volumes=given.pop("volume"),
+    )
+    return Order(
+        paths=paths,
+        run=run,
+        platform=platform_of(given.pop("arch")),
+        output=place,
+        as_layout=as_layout,
+        tag=given.pop("tag"),
+        copy_to_root=given.pop("copy_to_root"),
+        base=given.pop("base"),
+        closure_list=given.pop("closure_list"),
+        realise=given.pop("realise"),
+    )
 
 
 def settings_of(fetching: dict[str, Any]) -> Settings:
