@@ -28,12 +28,14 @@ from fusesnap.fetch.flight import Flight
 from fusesnap.fetch.link import Link, Passage, PauseLost
 from fusesnap.fetch.part_events import PartEvents
 from fusesnap.fetch.priority import Priority
+from fusesnap.fetch.reserving import reservation
 from fusesnap.nix.chunk_table import Chunk
 from fusesnap.nix.nar_index import NarIndex
 from fusesnap.nix.store_path import StorePath
 from fusesnap.nix.tree import Tree
 from fusesnap.store.local_store import Pin
 from fusesnap.store.partial_nars import PartialNar
+from fusesnap.store.room import Room
 from fusesnap.substituter.base import Bookmark
 from fusesnap.substituter.pool import Offer
 
@@ -107,7 +109,7 @@ def reach(link: Link, source: str) -> int:
 class ChunkedPath:
     """One path. ``offer`` finds who has its NAR; ``stall`` is in seconds; ``nursery`` holds the requests.
 
-    ``observe`` hears of each request.
+    ``observe`` hears of each request. ``room`` is that on the disk.
     """
 
     def __init__(
@@ -120,8 +122,11 @@ class ChunkedPath:
         nursery: trio.Nursery,
         stall: float,
         observe: ObserveFetch = unobserved,
+        *,
+        room: Room,
     ) -> None:
         self.pin = pin
+        self._room = room
         self._observe = observe
         self._index = index
         self._chunks = index.chunks
@@ -345,7 +350,9 @@ class ChunkedPath:
         run.events.board()
         try:
             with run.scope:
-                await self._fetch_from(await self._offer(), run)
+                async with reservation(self._room) as reserved:
+                    await reserved.take(sum(self._chunks[each].size for each in run.numbers))
+                    await self._fetch_from(await self._offer(), run)
             run.error = None
         except FusesnapError as error:
             run.error = error

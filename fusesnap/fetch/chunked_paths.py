@@ -200,7 +200,15 @@ class ChunkedPaths:
         nar = await trio.to_thread.run_sync(self._partials.open, pin, data, index.chunks)
         offers = _Offers(self._pool, pin)
         return ChunkedPath(
-            pin, index, nar, offers.find, self._link, self._nursery, self._stall, self._observe
+            pin,
+            index,
+            nar,
+            offers.find,
+            self._link,
+            self._nursery,
+            self._stall,
+            self._observe,
+            room=self._store.room,
         )
 
     def _keep(self, path: StorePath, found: ChunkedPath) -> None:

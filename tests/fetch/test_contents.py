@@ -39,13 +39,14 @@ from fusesnap.nix.startup_trace import Circumstances, Ending, StartupTrace, Trac
 from fusesnap.nix.store_path import StoreDir
 from fusesnap.store.local_store import LocalStore
 from fusesnap.store.partial_nars import PartialNars
+from fusesnap.store.room import StoreLimits
 from fusesnap.substituter.memory import Fault, MemorySubstituter
 from fusesnap.substituter.narinfo_cache import NarInfoCache
 from fusesnap.substituter.pool import SubstituterPool
 from fusesnap.substituter.retry import RetryPolicy
 
 from ..store.conftest import Tree
-from ..substituter.samples import KEY, TRUSTED, secret_key
+from ..substituter.samples import KEY, TRUSTED, sample, secret_key
 from .published import CHUNK, PublishedPath, published, put
 
 BIG = random.Random(1).randbytes(200 * CHUNK)  # noqa: S311 - not for secrets
@@ -191,6 +192,19 @@ async def test_only_what_is_read_and_what_is_near_is_fetched(
 
 def received(events: Iterable[FetchEvent]) -> int:
     return sum(event.count for event in events if isinstance(event, Received))
+
+
+async def test_for_a_chunk_too_what_nothing_needs_makes_room_first(
+    cache: MemorySubstituter, make_node: MakeNode
+) -> None:
+    path, garbage = put(cache, published("lazy", TREE)), sample("garbage", size=1 << 20)
+    cache.publish(garbage.info, garbage.file)
+    node = await node_with(make_node, path)
+    await node.realiser.realise(garbage.path)
+    node.store.room.keep_to(StoreLimits(max_size=node.store.size() + 1000))
+    assert await read(node, path, b"big", 5000, 100) == BIG[5000:5100]
+    assert not node.store.is_committed(garbage.path)
+    assert node.store.size() <= node.store.room.limits.max_size
 
 
 async def test_each_request_is_told_of_with_the_part_that_it_carries(
