@@ -5,6 +5,9 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import mmap
+import os
+import random
 import statistics
 import sys
 import time
@@ -36,10 +39,14 @@ from fusesnap.nix.store_path import StoreDir, StorePath
 DESCRIPTION = """\
 Starts a real container on machines that have nothing yet, with a trace of an earlier start and without, over an
 emulated link, on a stock cache and on a published one, in turns; takes the time from the pull to the first output. Then
-reads 4 KiB at random places of a file through the mount, past the page cache, from a daemon that records and from one
-that does not, in turns. Ratios are of medians.
+reads 4 KiB at random places of a file through the mount, past the page cache, while a start is recorded and while none
+is, in turns. Ratios are of medians.
 """
 STOCK, PUBLISHED, TRACED = "stock cache", "published cache", ", with the trace"
+
+
+TURNS = 20
+SETTLE = 0.3  # seconds
 
 
 class Traced(Fusesnap):
@@ -95,16 +102,32 @@ def pairs(trace: Path) -> list[tuple[Fusesnap, Fusesnap]]:
 
 
 def reads(work: Path, count: int) -> dict[str, float]:
-    """Microseconds of a read, while a start is recorded and while none is."""
+    """Microseconds of a read, of one worker that records and does not in turns."""
     work.mkdir()
-    with contextlib.ExitStack() as stack:
-        files = {
-            kind: stack.enter_context(served(work, kind, recording=kind == "recording"))
-            for kind in ("quiet", "recording")
-        }
-        times = relay.measure(files, 20, count)
+    path = simple_closure(NixStore(default_work() / "store")).large
+    worker = work / "reads" / "s" / control.SOCKET_NAME
+    times: dict[str, list[float]] = {"quiet": [], "recording": []}
+    choice = random.Random(1)  # noqa: S311 - the same places in every run
+    with relay.served(work, "direct", "reads") as descriptor, mmap.mmap(-1, relay.PAGE) as page:
+        pages = os.fstat(descriptor).st_size // relay.PAGE
+        for turn in range(1 + TURNS):
+            offsets = [choice.randrange(pages) * relay.PAGE for _ in range(count)]
+            for kind, taken in times.items():
+                trio.run(tell_worker, worker, path, kind)
+                measured = [relay.timed_read(descriptor, page, offset) for offset in offsets]
+                if turn:  # the first one warms up
+                    taken.extend(measured)
     results = {kind: relay.summary(each)["median"] for kind, each in times.items()}
     return {**results, "ratio": results["recording"] / results["quiet"]}
+
+
+async def tell_worker(worker: Path, path: str, kind: str) -> None:
+    """Tell a worker that a container starts which shows ``path``, or that it is gone."""
+    if kind == "recording":
+        await control.ask(worker, "start", key="bench", upper="/nowhere", there=[], lazy=[path])
+    else:
+        await control.ask(worker, "end", key="bench")
+    await trio.sleep(SETTLE)  # it answers before it has begun
 
 
 def call_cost(calls: int = 200_000) -> dict[str, float]:
@@ -122,21 +145,6 @@ def call_cost(calls: int = 200_000) -> dict[str, float]:
                 recorder.read(1, 2, number % 1000 * 4096, 4096)
             taken[kind].append((time.perf_counter() - begin) / calls * 1e9)
     return {kind: min(each[1:]) for kind, each in taken.items()}
-
-
-@contextlib.contextmanager
-def served(work: Path, kind: str, *, recording: bool) -> Iterator[int]:
-    """A descriptor of a large file, as ``relay.served`` has it, whose reads are recorded or not."""
-    with relay.served(work, "direct", kind) as descriptor:
-        if recording:
-            path = simple_closure(NixStore(default_work() / "store")).large
-            trio.run(begin_recording, work / kind / "s" / control.SOCKET_NAME, path)
-        yield descriptor
-
-
-async def begin_recording(worker: Path, path: str) -> None:
-    """Tell a worker that a container starts which shows ``path``."""
-    await control.ask(worker, "start", key="bench", upper="/nowhere", there=[], lazy=[path])
 
 
 def summary(starts: dict[str, list[Started]]) -> dict[str, Any]:
