@@ -15,8 +15,8 @@ from fusesnap.nix.store_path import StorePath
 
 log = logging.getLogger(__name__)
 
-# Seconds from one look at what is missing to the next.
-LOOK_EVERY = 3.0
+# Seconds from one look at what is missing to the next: the link is idle while containers are being created.
+LOOK_EVERY = 1.0
 # Seconds after which all of it is asked for again: a worker that was replaced has forgotten it.
 ASK_AGAIN = 60.0
 

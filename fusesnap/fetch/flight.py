@@ -149,7 +149,9 @@ class Flight:
     def _progressed(self) -> float:
         if self._paused:
             return trio.current_time()
-        return max(self._own_progress, self._everybody.at) if self._queued else self._own_progress
+        others = self._everybody.at if self._queued else self._own_progress
+        began = self._passage.resumed if self._passage is not None else self._own_progress
+        return max(self._own_progress, others, began)
 
     def board(self) -> None:
         """It is this path's turn: it is looked for, or its bytes may come."""

@@ -136,6 +136,11 @@ class Passage:
         """Whether it has begun, and waits for more urgent ones."""
         return self.load.state is LoadState.PAUSED
 
+    @property
+    def resumed(self) -> float:
+        """When it last began, or went on; long ago if it never did."""
+        return self.load.resumed
+
     def become(self, priority: Priority) -> None:
         """It is as urgent as this from now on."""
         if self.load.priority is not priority:

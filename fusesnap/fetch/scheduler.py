@@ -30,8 +30,9 @@ LEAST_WINDOW: Final = 64 * 1024
 HARDLY_ANYTHING: Final = 16 * 1024
 # Bytes from which on a transfer may cost the memory of a decompressor: of those fewer run at once.
 LARGE: Final = 1 << 20
-# Seconds without a reader before what nobody waits for is begun: a start reads, thinks, and reads again.
-QUIET: Final = 1.0
+# Seconds without a reader before what nobody waits for is begun: a start reads, thinks, and reads again, and each pause
+# costs what was on its way. Much longer, and the link is idle while containers are created.
+QUIET: Final = 0.25
 # Seconds in which a transfer shows what it can do; less than this share of the link, and others may run beside it.
 TRIAL: Final = 2.0
 LEAST_SHARE: Final = 0.25
@@ -177,8 +178,7 @@ class Scheduler:
 
     def window(self, source: str) -> float:
         """Bytes that may be outstanding before another transfer from ``source`` begins."""
-        underway = self._underway(source)
-        return max(LEAST_WINDOW, 2 * underway) if underway else FIRST_WINDOW
+        return max(LEAST_WINDOW, 2 * self._underway(source))
 
     @property
     def rate(self) -> float:
@@ -247,7 +247,7 @@ class Scheduler:
             return True  # it is silent
         if not load.is_hungry:
             return False
-        return load.lately.rate(now) < LEAST_SHARE * self._rate.value
+        return load.lately.rate(now) <= LEAST_SHARE * self._rate.value
 
     def _nearly_done(self, load: Load) -> bool:
         """Whether what remains is on its way already: to stop it would be to send it twice."""
@@ -256,8 +256,8 @@ class Scheduler:
         )
 
     def _underway(self, source: str) -> float:
-        """Bandwidth times delay."""
-        return self._rate.value * self.round_trip(source)
+        """Bandwidth times delay: what is on its way, or will be once it is asked for."""
+        return self._rate.value * self.round_trip(source) or FIRST_WINDOW / 2
 
     def _favour(self, order: Iterable[Load], now: float) -> None:
         """Give a turn to the first of a kind that got nothing for long."""

@@ -157,7 +157,7 @@ class Bench:
                 slow_link({"cache": cache.port}, directory, rate=rate, round_trip=round_trip)
             )
             source = Source([link.url("cache")], [self.key])
-            daemon = enter(fusesnap_daemon(directory / "s", source=source))
+            daemon = enter(fusesnap_daemon(directory / "s", source=source, complete=True))
             client = enter(containerd(directory / "c", proxy=daemon.address))
             yield Node(cache, link, daemon, client, directory)
 

@@ -6,7 +6,7 @@ import hashlib
 import io
 import tarfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from testbed.closure import fetch_archives
@@ -67,7 +67,7 @@ class HerdPath:
 
 @dataclass(frozen=True, slots=True)
 class HerdImage:
-    """The closure of one image, the shell's path first."""
+    """The closure of one image in the order in which it is read, the shell's path first."""
 
     number: int
     paths: tuple[HerdPath, ...]
@@ -107,19 +107,17 @@ def herd_images(
     images: int, *, shared: Sequence[int], own: Sequence[int], shell: bytes, store_dir: StoreDir
 ) -> list[HerdImage]:
     """``images`` images with paths of ``shared`` sizes in common, and paths of ``own`` sizes each."""
-    common = [HerdPath("shell", len(shell), shell)]
-    common += [HerdPath(f"shared-{number}", size) for number, size in enumerate(shared)]
-    return [
-        HerdImage(
-            image,
-            (
-                *common,
-                *(HerdPath(f"own-{image}-{number}", size) for number, size in enumerate(own)),
-            ),
-            store_dir,
-        )
-        for image in range(images)
-    ]
+    common = [HerdPath(f"shared-{number}", size) for number, size in enumerate(shared)]
+    program = HerdPath("shell", len(shell), shell)
+
+    def image(number: int) -> HerdImage:
+        first, *rest = (HerdPath(f"own-{number}-{each}", size) for each, size in enumerate(own))
+        others = (program, *common, *rest)
+        # What an image is made for refers to all the rest, and is read first.
+        first = replace(first, references=tuple(sorted(path.store_path for path in others)))
+        return HerdImage(number, (program, first, *common, *rest), store_dir)
+
+    return [image(number) for number in range(images)]
 
 
 def busybox(directory: Path) -> bytes:

@@ -8,6 +8,8 @@ from trio.testing import MockClock
 
 from fusesnap.errors import DeadlineExceeded, Unavailable
 from fusesnap.fetch.flight import Flight, Progress, Reader
+from fusesnap.fetch.link import open_link
+from fusesnap.fetch.priority import Priority
 from fusesnap.nix.nar import NarEnd, Symlink
 from fusesnap.nix.store_path import StorePath
 from fusesnap.nix.tree import Tree, TreeBuilder
@@ -123,3 +125,44 @@ async def test_a_rate_is_of_late(autojump_clock: MockClock) -> None:
     await trio.sleep(1000)
     assert flight.state().rate < 20
     assert flight.state().idle == pytest.approx(1000)
+
+
+async def test_a_path_is_as_urgent_as_who_wants_it(autojump_clock: MockClock) -> None:
+    flight = Flight(PATH, priority=Priority.COMPLETION)
+    assert flight.state().priority is Priority.COMPLETION
+    with trio.move_on_after(1):
+        await flight.outcome(10)
+    assert flight.state().priority is Priority.COMPLETION
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(flight.wait, 10, None)
+        await trio.sleep(1)
+        assert flight.state().priority is Priority.READER
+        nursery.cancel_scope.cancel()
+    assert flight.state().priority is Priority.COMPLETION
+    flight.want(Priority.TRACE)
+    flight.want(Priority.PREFETCH)
+    assert flight.state().priority is Priority.TRACE
+
+
+async def test_what_a_reader_asked_for_is_not_urgent_any_more_when_he_has_given_up() -> None:
+    flight = Flight(PATH, priority=Priority.READER)
+    assert flight.state().priority is Priority.REST
+
+
+async def test_while_a_path_is_paused_its_waiters_clock_stands_still(
+    autojump_clock: MockClock, nursery: trio.Nursery
+) -> None:
+    link, flight = open_link(nursery), Flight(PATH, Progress())
+    with link.passage(Priority.REST, "a", 1_000_000) as passage, flight.crossing(passage):
+        flight.begin("http://cache", 1_000_000)
+
+        async def read_for(seconds: float) -> None:
+            with link.passage(Priority.READER, "b", None):
+                assert flight.state().paused
+                await trio.sleep(seconds)
+
+        nursery.start_soon(read_for, 1.5)
+        await trio.sleep(0.1)
+        with pytest.raises(DeadlineExceeded):
+            await flight.outcome(1)
+    assert trio.current_time() == pytest.approx(2.5, abs=0.1)

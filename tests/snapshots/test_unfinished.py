@@ -26,3 +26,7 @@ async def test_what_is_missing_of_containers_is_found_and_of_images_without_them
     assert unfinished.missing() == sorted([one, two])
     await bench.snapshotter.remove("container-1")
     assert unfinished.missing() == [two]
+    bench.store.commit(two, {"a": b"2"})
+    assert unfinished.missing() == []
+    await bench.snapshotter.prepare("container-4", "third", {})
+    assert unfinished.missing() == [unused]
