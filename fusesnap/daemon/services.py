@@ -68,7 +68,7 @@ async def run(settings: Settings, ready: int) -> None:
             collector = Collector(
                 node.store, settings.store, snapshotter.cleanup, partial(count_evicted, node)
             )
-            reports = StartReports(node.telemetry, waits.flush)
+            reports = StartReports(node.telemetry, waits.flush, time.time)
             calls: dict[str, Call] = {
                 "Starts": reports.starts,
                 "StartReport": reports.report,

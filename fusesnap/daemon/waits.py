@@ -38,12 +38,14 @@ class WorkersWaits:
         """The worker's status. Raises ``Unavailable``."""
         return await control.ask(self._worker, "status", within=WORKER_ANSWERS_WITHIN)
 
-    async def flush(self) -> None:
-        """Have the worker write what it recorded. What a dead one had not written is lost."""
+    async def flush(self) -> str | None:
+        """Have the worker write what it recorded, and say what names it in records; ``None`` where none answers."""
         try:
-            await control.ask(self._worker, "flush", within=WORKER_ANSWERS_WITHIN)
+            answer = await control.ask(self._worker, "flush", within=WORKER_ANSWERS_WITHIN)
         except FusesnapError as error:
             log.debug("the journal may lack the newest: %s", error)
+            return None
+        return str(answer["session"])
 
     async def release(self, why: str, **which: Any) -> int:
         """End waits, see the worker's ``release``; says how many. Raises ``Unavailable``."""

@@ -216,9 +216,9 @@ def calls(worker: Worker) -> Mapping[str, control.Answer]:
         return {"released": waiting.release(matches, str(question["why"]))}
 
     async def flush(question: Mapping[str, Any]) -> dict[str, Any]:
-        """Write what was recorded to the journal, for somebody who is about to read it."""
+        """Write what was recorded to the journal, for somebody who is about to read it; ``session`` names us in it."""
         await node.telemetry.flush()
-        return {}
+        return {"session": node.telemetry.session}
 
     return {"status": status, "fetch": fetch, "release": release, "flush": flush}
 

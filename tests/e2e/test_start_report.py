@@ -60,7 +60,13 @@ def test_a_start_is_explained_when_its_container_and_its_worker_are_gone(
     assert "were waited for" in node.daemon.start_report("one")
     listed = node.daemon.start_report().splitlines()[1:]
     assert [line.split()[3].rpartition("/")[2] for line in listed] == ["two", "one"]
-    unknown = run_unchecked([PROGRAM, "start-report", "--address", node.daemon.address, "three"])
+    with cache.silent(), node.containerd.started(reference, "three", *SHELL, f"ls {simple.unused}"):
+        node.daemon.service.wait_until(lambda: bool(node.daemon.status()["waiting"]))
+        hanging = json.loads(node.daemon.start_report("three", "--json"))["start"]
+    (row,) = [row for row in hanging["rows"] if row["path"] == Path(simple.unused).name]
+    assert row["waits"][-1]["error"] == "it still waits"
+    assert row["waits"][-1]["on_chain"]
+    unknown = run_unchecked([PROGRAM, "start-report", "--address", node.daemon.address, "none"])
     assert unknown.returncode != 0
     assert "known are, the newest first:" in unknown.stderr
-    assert "/two" in unknown.stderr
+    assert "/three" in unknown.stderr

@@ -193,6 +193,8 @@ def _wait(chart: Chart, wait: Wait, top: int) -> Iterator[str]:
     x, end = _x(chart, wait.begin), _x(chart, wait.end)
     kind = "chain" if wait.on_chain else "wait"
     yield f'<line x1="{x:g}" x2="{end:g}" y1="{y}" y2="{y}" class="{kind}"/>'
+    if wait.error is not None:
+        return  # it was not served
     yield (
         f'<circle cx="{end:g}" cy="{y}" r="3.6" class="served{" on" if wait.on_chain else ""}"/>'
     )

@@ -63,6 +63,11 @@ class Telemetry:
         """For what is counted elsewhere."""
         return self._counting.counters
 
+    @property
+    def session(self) -> str:
+        """What names this process in records."""
+        return self._recorder.session
+
     def fetch(self, event: FetchEvent) -> None:
         """See ``ObserveFetch``."""
         self._recorder.fetch(event)

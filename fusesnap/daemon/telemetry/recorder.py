@@ -33,7 +33,7 @@ class Recorder:
     def __init__(
         self, session: str, clock: Callable[[], float], upper_of: Callable[[int], str | None]
     ) -> None:
-        self._session = session
+        self.session = session
         self._clock = clock
         self._upper_of = upper_of
         self._numbers = 0
@@ -48,7 +48,7 @@ class Recorder:
         which, now = (event.path, event.part), self._clock()
         if isinstance(event, Asked):
             self._numbers += 1
-            fetch = FetchUnderWay(self._session, self._numbers, event, now)
+            fetch = FetchUnderWay(self.session, self._numbers, event, now)
             self._fetches[which] = fetch
         elif (known := self._fetches.get(which)) is not None:
             fetch = known
@@ -78,7 +78,7 @@ class Recorder:
         found = sorted(uppers, key=lambda each: each[1] is None)
         reader, upper = found[0] if found else (None, None)
         return WaitRecord(
-            session=self._session,
+            session=self.session,
             number=event.number,
             upper=upper,
             pid=reader.pid if reader else None,

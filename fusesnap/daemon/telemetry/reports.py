@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Final
 
 import trio
@@ -10,7 +11,7 @@ from pydantic import TypeAdapter
 
 from fusesnap.daemon.telemetry.journal import KEPT_DAYS, Journal
 from fusesnap.daemon.telemetry.keeper import Telemetry
-from fusesnap.daemon.telemetry.records import StartRecord
+from fusesnap.daemon.telemetry.records import StartRecord, WaitRecord
 from fusesnap.daemon.telemetry.start import Start, bursts, span_of, start_of
 from fusesnap.errors import InvalidArgument, NotFound
 
@@ -18,14 +19,25 @@ START: Final = TypeAdapter(Start)
 SCHEME: Final = "containerd://"  # as Kubernetes writes the id of a container
 SHORTEST_PREFIX: Final = 4
 LISTED: Final = 10
+STILL: Final = "it still waits"
 
 
 class StartReports:
-    """Reads the journal of a node. ``flush`` has the worker write what it knows; it must not raise."""
+    """Reads the journal of a node.
 
-    def __init__(self, telemetry: Telemetry, flush: Callable[[], Awaitable[None]]) -> None:
+    ``flush`` has the worker write what it knows and says what names it in records, if one answers; it must not raise.
+    ``clock`` gives seconds since the epoch.
+    """
+
+    def __init__(
+        self,
+        telemetry: Telemetry,
+        flush: Callable[[], Awaitable[str | None]],
+        clock: Callable[[], float],
+    ) -> None:
         self._telemetry = telemetry
         self._flush = flush
+        self._clock = clock
 
     async def starts(self, question: Mapping[str, Any]) -> dict[str, Any]:
         """Every start that is kept, the newest first."""
@@ -43,26 +55,30 @@ class StartReports:
 
         Raises ``NotFound`` and ``InvalidArgument``, with what there is.
         """
-        await self._flush()
+        worker = await self._flush()
         await self._telemetry.flush()
         target, number = str(question.get("target", "")), int(question.get("number", 1))
-        start, count = await trio.to_thread.run_sync(self._report, target, number)
+        start, count = await trio.to_thread.run_sync(self._report, target, number, worker)
         return {"start": START.dump_python(start, mode="json"), "count": count}
 
     def _records(self) -> list[StartRecord]:
         return self._telemetry.journal.starts()
 
-    def _report(self, target: str, number: int) -> tuple[Start, int]:
+    def _report(self, target: str, number: int, worker: str | None) -> tuple[Start, int]:
         record = find(target, self._records())
-        return report(self._telemetry.journal, record, number)
+        return report(self._telemetry.journal, record, number, worker, self._clock())
 
 
-def report(journal: Journal, record: StartRecord, number: int) -> tuple[Start, int]:
+def report(
+    journal: Journal, record: StartRecord, number: int, worker: str | None = None, now: float = 0.0
+) -> tuple[Start, int]:
     """The ``number``-th start of a container, counted from 1, and how many there are.
 
-    Blocking. Raises ``InvalidArgument``, ``StorageFailure``.
+    What has not ended in the session ``worker``, which lives, goes on until ``now``. Blocking. Raises
+    ``InvalidArgument``, ``StorageFailure``.
     """
-    found = bursts(journal.waits(record.upper, record.began)) or [[]]
+    waits = journal.waits(record.upper, record.began)
+    found = bursts([until(wait, worker, now) for wait in waits]) or [[]]
     if not 1 <= number <= len(found):
         raise InvalidArgument(
             f"{record.key}: start {number} was asked for; it waited in {len(found)}, counted from 1"
@@ -73,6 +89,13 @@ def report(journal: Journal, record: StartRecord, number: int) -> tuple[Start, i
     chain = journal.chain(record.parent)
     start = start_of(waits, fetches, record, chain, later=later, first=number == 1)
     return start, len(found)
+
+
+def until(wait: WaitRecord, worker: str | None, now: float) -> WaitRecord:
+    """``wait``, to ``now`` if it lasts."""
+    if wait.ended is None and wait.session == worker:
+        return replace(wait, ended=max(now, wait.began), error=STILL)
+    return wait
 
 
 def find(target: str, records: Sequence[StartRecord]) -> StartRecord:

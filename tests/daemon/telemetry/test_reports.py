@@ -78,6 +78,18 @@ def test_a_report_is_what_the_journal_holds_of_one_start(journal: Journal) -> No
     assert [row.path for row in second.rows] == [FETCHES[0].path]
 
 
+def test_a_start_that_is_not_over_goes_on_until_now(journal: Journal) -> None:
+    waiting = replace(wait(1, FETCHES[0].path, 1, None), session="lives")
+    dead = replace(wait(1, FETCHES[1].path, 2, None), session="dead")
+    journal.write(Batch(waits=[replace(each, upper=OTHER.upper) for each in (waiting, dead)]))
+    start, _ = report(journal, OTHER, 1, "lives", BEGAN + 20)
+    assert start.seconds == pytest.approx(20)
+    (row,) = [row for row in start.rows if row.on_chain]
+    assert [(each.begin, each.error) for each in row.waits] == [(1, "it still waits")]
+    over, _ = report(journal, OTHER, 1, None, BEGAN + 20)
+    assert over.seconds == pytest.approx(2)
+
+
 def test_a_container_that_never_waited_has_one_start(journal: Journal) -> None:
     start, count = report(journal, OTHER, 1)
     assert (start.key, start.chain_waits, count) == (OTHER.key, 0, 1)
@@ -92,14 +104,15 @@ def test_a_start_that_there_is_not_is_refused(journal: Journal, number: int) -> 
 async def test_answers_are_json_and_the_newest_is_in_them(tmp_path: Path, journal: Journal) -> None:
     flushed = []
 
-    async def flush() -> None:
+    async def flush() -> str | None:
         flushed.append(True)
+        return "two"
 
     recorder = Recorder("two", lambda: BEGAN, lambda pid: None)
     counting = Counting(Counters(), trio.current_time)
     kept = Telemetry(tmp_path, recorder, counting, lambda: BEGAN, NoSpans())
     async with kept.running() as telemetry:
-        reports = StartReports(telemetry, flush)
+        reports = StartReports(telemetry, flush, lambda: BEGAN + 9)
         telemetry.started(LATER)
         listed = await reports.starts({})
         assert [each["key"] for each in listed["starts"]] == [
