@@ -40,7 +40,7 @@ from fusesnap.nix.signature import PublicKey, TrustedKeys
 from fusesnap.nix.store_path import StoreDir
 from fusesnap.store.local_store import LocalStore
 from fusesnap.store.partial_nars import PartialNars
-from fusesnap.store.room import StoreLimits
+from fusesnap.store.room import Room, StoreLimits
 from fusesnap.substituter.client import make_client, open_substituter, tls_context
 from fusesnap.substituter.credentials import Secrets
 from fusesnap.substituter.http import Timeouts
@@ -230,8 +230,11 @@ def unpack_command(settings: Settings, linger: float = 0.0) -> list[str]:
     return [*command, str(linger)]
 
 
-def totals_of(pool: SubstituterPool) -> Iterator[tuple[str, dict[str, str], float]]:
-    """What a pool counts of its caches."""
+def totals_of(pool: SubstituterPool, room: Room) -> Iterator[tuple[str, dict[str, str], float]]:
+    """What a pool counts of its caches, and a store of what it removes."""
+    paths, size = room.removed
+    yield "fusesnap_evicted_paths", {}, paths
+    yield "fusesnap_evicted_bytes", {}, size
     for state in pool.states():
         yield "fusesnap_narinfo_requests", {"cache": state.url}, state.narinfos_asked
 
@@ -267,7 +270,7 @@ async def open_node(
             settings, store_dir, authorities or Authorities.load(settings), stack
         )
         telemetry = await stack.enter_async_context(open_telemetry(settings, process).running())
-        telemetry.watch(lambda: totals_of(pool))
+        telemetry.watch(lambda: totals_of(pool, store.room))
         nursery = await stack.enter_async_context(trio.open_nursery())
         limits = Limits(settings.fetch.lookups, settings.fetch.stall_timeout)
         may = LinkLimits(settings.fetch.transfers, settings.fetch.connections)

@@ -72,6 +72,12 @@ class Room:
         self._own = 0
         self._file: tuple[Path, int] | None = None
         self._told = False
+        self._removed = (0, 0)
+
+    @property
+    def removed(self) -> tuple[int, int]:
+        """How many paths were removed here to make room, and how many bytes on disk that freed."""
+        return self._removed
 
     @property
     def limits(self) -> StoreLimits:
@@ -92,7 +98,7 @@ class Room:
         with self._deciding():
             excess = self._excess(size)
             if excess > 0:
-                self._collection.collect(excess, lambda _: None)
+                self._collect(excess)
                 excess = self._excess(size)
             if excess <= 0:
                 self._told = False
@@ -117,7 +123,7 @@ class Room:
     def free(self, nar_size: int) -> Collected:
         """The disk is full: remove what no root reaches until a path with such a NAR has room."""
         with self._turn:
-            return self._collection.collect(space_for(nar_size), lambda _: None)
+            return self._collect(space_for(nar_size))
 
     def drop_ballast(self) -> bool:
         """Give the ballast's room away, to something that frees more; returns whether there was any."""
@@ -144,6 +150,12 @@ class Room:
                 self._directory.mkdir(mode=0o700, exist_ok=True)
             with directory_lock(self._directory):
                 yield
+
+    def _collect(self, size: int) -> Collected:
+        collected = self._collection.collect(size, lambda _: None)
+        paths, freed = self._removed
+        self._removed = paths + len(collected.paths), freed + collected.size
+        return collected
 
     def _excess(self, size: int) -> int:
         """By how many bytes the limits would not hold with ``size`` bytes more."""

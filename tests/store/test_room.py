@@ -59,6 +59,9 @@ def test_the_oldest_garbage_goes_before_a_path_comes(
     store.roots.add("image", [kept])
     assert store.room.reserve(NAR) is None
     assert store.committed_among([kept, old, new]) in ({kept, old}, {kept, new})
+    paths, freed = store.room.removed
+    assert paths == 1
+    assert NAR <= freed < 2 * NAR
 
 
 def test_what_is_reserved_counts_until_it_is_given_back(
