@@ -142,6 +142,7 @@ class ChunkedPath:
         self._flight: Flight | None = None
         self._progressed = self.used = trio.current_time()
         self._closed = False
+        self.is_foreseen = False  # a startup trace has told what will be read of it
 
     @property
     def path(self) -> StorePath:
@@ -245,9 +246,13 @@ class ChunkedPath:
             await self._wait(self._coming[wanted[0]], wanted[0])
 
     def _ask(self, wanted: list[int], priority: Priority) -> None:
-        """Have chunks fetched at least as urgently as this. What has not begun begins with them."""
+        """Have chunks fetched at least as urgently as this.
+
+        A guess that has not begun begins with them. What a trace foresees is needed with them, so it comes whole.
+        """
         coming = {self._coming[number] for number in wanted if number in self._coming}
-        late = [run for run in coming if run.waits and run.priority > priority]
+        guesses = [run for run in coming if run.waits and run.priority >= Priority.REST]
+        late = [run for run in guesses if run.priority > priority]
         for run in coming.difference(late):
             run.want(priority)
         for run in late:

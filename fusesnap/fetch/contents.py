@@ -192,15 +192,19 @@ class Contents:
                 await known[traced.path].wait()
                 chunked = found.get(traced.path)
                 if chunked is not None and chunked.pin.info.nar_hash == traced.nar_hash:
+                    chunked.is_foreseen = True
                     chunked.want(ranges_of(chunked.tree, parts[traced.path]), Priority.TRACE)
         whole = [path for path in known if path in found and found[path] is None]
         if whole:
             self._realiser.request(whole, Priority.TRACE)
 
     async def want_file(self, path: StorePath, entry: Entry) -> None:
-        """Have all of a file fetched that will be read here and there, behind everybody who waits for something."""
+        """Have all of a file fetched that will be read here and there, behind everybody who waits for something.
+
+        Not where a trace says what of it will be.
+        """
         chunked = await self._by_chunk(path)
-        if chunked is not None:
+        if chunked is not None and not chunked.is_foreseen:
             chunked.want([(entry.offset, entry.offset + entry.size)], Priority.REST)
 
     async def _by_chunk(self, path: StorePath) -> ChunkedPath | None:
