@@ -12,7 +12,6 @@ import sqlite3
 import statistics
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -191,20 +190,18 @@ def measure(row: Row, work: Path, rounds: int) -> None:
         for number in range(rounds):
             # Each is first as often as second.
             for side in list(sides)[:: -1 if number % 2 else 1]:
-                with new_directory(work / "store") as store:
-                    row.taken[side].append(sides[side](store))
-                    check(side, store, cell, thoroughly=number == rounds - 1)
+                store = new_directory(work / "stores" / f"{number}-{side.partition(' ')[0]}")
+                row.taken[side].append(sides[side](store))
+                check(side, store, cell, thoroughly=number == rounds - 1)
+    # Not before: to remove thousands of files keeps the disk busy for long.
+    shutil.rmtree(work / "stores")
 
 
-@contextmanager
-def new_directory(directory: Path) -> Iterator[Path]:
+def new_directory(directory: Path) -> Path:
     """An empty directory on a quiet disk: nobody writes what another has left to be written."""
-    directory.mkdir()
+    directory.mkdir(parents=True)
     os.sync()
-    try:
-        yield directory
-    finally:
-        shutil.rmtree(directory)
+    return directory
 
 
 def nix_copy(root: str, url: str, key: str, store: Path) -> Taken:

@@ -190,6 +190,23 @@ async def test_one_that_is_stopped_is_killed_when_it_does_not_let_go(
     assert stopped not in unpackers.pids()
 
 
+@pytest.mark.parametrize(("options", "nicer"), [([], 5), (["0.0"], 5), (["0.1"], 0)], ids=repr)
+async def test_they_leave_the_processor_to_whoever_answers_readers(
+    store: LocalStore, nursery: trio.Nursery, options: list[str], nicer: int
+) -> None:
+    """Unless there is none, which is when they may linger."""
+    command = [sys.executable, "-m", "fusesnap.daemon.unpack_worker", str(store.layer.parent)]
+    unpackers = UnpackProcesses(
+        [*command, "/nix/store", *options], 1, nursery, ThreadUnpackers(store)
+    )
+    unpackers.start()
+    with trio.fail_after(60):
+        await unpackers.all_ready()
+    (pid,) = unpackers.pids()
+    ours = os.getpriority(os.PRIO_PROCESS, 0)
+    assert os.getpriority(os.PRIO_PROCESS, pid) == min(19, ours + nicer)
+
+
 async def test_they_end_with_whoever_started_them(store: LocalStore) -> None:
     async with trio.open_nursery() as nursery:
         unpackers = await processes(store, nursery, 2)
