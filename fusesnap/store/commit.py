@@ -33,6 +33,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+# Paths that are locked at once, each with a file that is open meanwhile.
+LOCKED_TOGETHER: Final = 64
+
 # The steps of a commit, in order, each a method of Commit: a fault drill kills between them.
 COMMIT_STEPS: Final = ("flush", "record", "rename", "seal", "flush_name", "register")
 
@@ -68,7 +71,8 @@ class Commit:
     def __init__(self, staged: Sequence[StagedPath], target: CommitTarget) -> None:
         self._staged = sorted(staged, key=lambda path: path.name)  # locks are taken in this order
         self._target = target
-        self._lacking: list[StagedPath] = []
+        self._locked: list[StagedPath] = []
+        self._lacking: list[StagedPath] = []  # of those that are locked
 
     def run(self) -> None:
         """Take all steps. Raises what :meth:`StagedPath.commit` raises."""
@@ -76,16 +80,21 @@ class Commit:
             if not path.is_complete:
                 raise InvalidData(f"{path.name}: commit before the end of its NAR")
         self.flush()
+        for start in range(0, len(self._staged), LOCKED_TOGETHER):
+            self._give_names(self._staged[start : start + LOCKED_TOGETHER])
+        self.flush_name()
+        self.register()
+
+    def _give_names(self, paths: list[StagedPath]) -> None:
         with ExitStack() as locks:
-            for path in self._staged:
+            for path in paths:
                 locks.enter_context(self._lock(path))
-            self._lacking = [path for path in self._staged if not self._is_there(path)]
+            self._locked = paths
+            self._lacking = [path for path in paths if not self._is_there(path)]
             if self._lacking:
                 self.record()
                 self.rename()
             self.seal()
-        self.flush_name()
-        self.register()
 
     def flush(self) -> None:
         """Wait until the contents are on the disk."""
@@ -107,7 +116,7 @@ class Commit:
 
     def seal(self) -> None:
         """Take write permission from root directories, which they needed for being renamed."""
-        for path in self._staged:
+        for path in self._locked:
             if path.is_renamed:  # now, or by a group that got no further
                 with storage("set the mode of", path.committed):
                     seal(path.committed)

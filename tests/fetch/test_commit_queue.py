@@ -9,12 +9,14 @@ from pathlib import Path
 import pytest
 
 from fusesnap.errors import FusesnapError
-from fusesnap.fetch.commit_queue import MOST_TOGETHER, CommitQueue
+from fusesnap.fetch import commit_queue
+from fusesnap.fetch.commit_queue import CommitQueue
 from fusesnap.fetch.unpack import Unpacker
 from fusesnap.store.local_store import LocalStore, StagedPath
 
 from ..substituter.samples import sample
 
+MOST = 8
 Stage = Callable[[str], StagedPath]
 Outcomes = dict[int, FusesnapError | None]
 
@@ -32,6 +34,11 @@ def stage(store: LocalStore) -> Stage:
         return staged
 
     return make
+
+
+@pytest.fixture(autouse=True)
+def most_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(commit_queue, "MOST_TOGETHER", MOST)
 
 
 class SlowStore:
@@ -59,14 +66,14 @@ def test_a_group_is_what_came_meanwhile(
     store: LocalStore, stage: Stage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     slow, outcomes = SlowStore(store, monkeypatch), Outcomes()
-    staged = [stage(f"path-{number}") for number in range(MOST_TOGETHER + 3)]
+    staged = [stage(f"path-{number}") for number in range(MOST + 3)]
     with CommitQueue(store, outcomes.__setitem__) as queue:
         queue.put(0, staged[0])
         assert slow.begun.wait(30)
         for number, path in enumerate(staged[1:], 1):
             queue.put(number, path)
         slow.go_on.set()
-    assert slow.groups == [1, MOST_TOGETHER, 2]
+    assert slow.groups == [1, MOST, 2]
     assert outcomes == dict.fromkeys(range(len(staged)))
     assert store.counts().valid == len(staged)
     assert staging(store) == []
@@ -78,14 +85,14 @@ def test_one_that_lingers_is_committed_with_those_that_come_meanwhile(
     """Until the group is full, or nothing more comes; not for an hour."""
     slow, outcomes = SlowStore(store, monkeypatch), Outcomes()
     slow.go_on.set()
-    staged = [stage(f"path-{number}") for number in range(MOST_TOGETHER + 2)]
+    staged = [stage(f"path-{number}") for number in range(MOST + 2)]
     with CommitQueue(store, outcomes.__setitem__, linger=3600.0) as queue:
         for number, path in enumerate(staged[:-2]):
             queue.put(number, path)
         assert slow.begun.wait(30)
-        for number, path in enumerate(staged[-2:], MOST_TOGETHER):
+        for number, path in enumerate(staged[-2:], MOST):
             queue.put(number, path)
-    assert slow.groups == [MOST_TOGETHER, 2]
+    assert slow.groups == [MOST, 2]
     assert outcomes == dict.fromkeys(range(len(staged)))
 
 

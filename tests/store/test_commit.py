@@ -71,6 +71,23 @@ def test_a_group_takes_each_step_once(
     verify_clean(store)
 
 
+def test_a_large_group_is_locked_piece_by_piece_and_flushed_once(
+    store: LocalStore,
+    make: Make,
+    staged: Staged,
+    steps: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("fusesnap.store.commit.LOCKED_TOGETHER", 2)
+    with staged(store, *(make(name, {"f": b""}) for name in "abcde")) as paths:
+        assert store.commit(paths) == [None] * 5
+    naming = ["record", "rename", "seal"]
+    assert steps == ["flush", *naming * 3, "flush_name", "register"]
+    assert names(store) == list("abcde")
+    assert all(path.stat().st_mode & 0o777 == 0o555 for path in store.real.iterdir())
+    assert store.counts().valid == 5
+
+
 def test_contents_are_on_the_disk_before_names_and_names_before_nix_hears_of_them(
     store: LocalStore, make: Make, staged: Staged, monkeypatch: pytest.MonkeyPatch
 ) -> None:
