@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -17,6 +17,7 @@ from fusesnap.fetch.realiser import Limits, Realiser
 from fusesnap.fetch.scheduler import LinkLimits
 from fusesnap.fetch.unpack_processes import UnpackProcesses
 from fusesnap.fetch.unpacking import ThreadUnpackers, Unpackers
+from fusesnap.nix.signature import TrustedKeys
 from fusesnap.nix.store_path import StoreDir
 from fusesnap.store.local_store import LocalStore
 from fusesnap.substituter.memory import MemorySubstituter
@@ -25,6 +26,7 @@ from fusesnap.substituter.pool import SubstituterPool
 from fusesnap.substituter.retry import RetryPolicy
 
 from ..substituter.samples import TRUSTED
+from .lazy_node import MakeNode, Node
 
 MakeRealiser = Callable[..., Realiser]
 
@@ -88,3 +90,42 @@ async def make_realiser(
         )
 
     return make
+
+
+@pytest.fixture
+def cache() -> MemorySubstituter:
+    return MemorySubstituter()
+
+
+@pytest.fixture
+async def make_node(
+    tmp_path: Path, cache: MemorySubstituter, nursery: trio.Nursery
+) -> AsyncIterator[MakeNode]:
+    """Start a process on the same state directory; the one before it is dead by then."""
+    nodes: list[tuple[Node, trio.CancelScope]] = []
+
+    async def make(*more: MemorySubstituter, keys: TrustedKeys = TRUSTED) -> Node:
+        await end()
+        started: list[Node] = []
+
+        async def live(task_status: trio.TaskStatus[trio.CancelScope]) -> None:
+            async with trio.open_nursery() as own:
+                started.append(Node(tmp_path / "state", own, [cache, *more], keys))
+                task_status.started(own.cancel_scope)
+                await trio.sleep_forever()
+
+        scope = await nursery.start(live)
+        nodes.append((started[0], scope))
+        return started[0]
+
+    async def end() -> None:
+        while nodes:
+            node, scope = nodes.pop()
+            scope.cancel()
+            await trio.testing.wait_all_tasks_blocked(0.01)
+            for chunked in list(node.chunked._open.values()):
+                chunked.close()
+            node.store.close()
+
+    yield make
+    await end()

@@ -1,0 +1,130 @@
+"""What is fetched before it is read: by a trace, and by guesses."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import trio
+
+from fusesnap.fetch.priority import Priority
+from fusesnap.nix.closure_digest import ClosureDigest
+from fusesnap.nix.startup_trace import Circumstances, Ending, StartupTrace, TraceBuilder
+from fusesnap.nix.store_path import StoreDir
+from fusesnap.substituter.memory import MemorySubstituter
+
+from .lazy_node import (
+    BIG,
+    OTHER_BIG,
+    TREE,
+    MakeNode,
+    bytes_asked,
+    node_with,
+    read,
+    until,
+)
+from .published import CHUNK, PublishedPath, published, put
+
+
+def trace_of(path: PublishedPath, *reads: tuple[bytes, int, int]) -> StartupTrace:
+    builder = TraceBuilder()
+    number = builder.path(path.path, path.info.nar_hash)
+    for name, offset, length in reads:
+        entry = next(i for i, e in enumerate(path.index.tree.entries) if e.name == name)
+        size = path.index.tree.entries[entry].size
+        builder.read(builder.file(number, entry, size, name), offset, length, size)
+    closure = ClosureDigest.of([path.path], StoreDir())
+    return builder.trace(closure, Circumstances(0, "1", 1, 0, Ending.EXIT))
+
+
+async def test_what_a_trace_foresees_is_there_when_it_is_asked_for(
+    cache: MemorySubstituter, make_node: MakeNode
+) -> None:
+    path = put(cache, published("lazy", TREE))
+    stock = published("stock", TREE)
+    stock = replace(stock, info=replace(stock.info, unknown=()))
+    cache.publish(stock.info, stock.file)
+    node = await node_with(make_node, path)
+    await node.realiser.admit([stock.path])
+    node.contents.foresee(trace_of(path, (b"big", 0, 100), (b"other", 50 * CHUNK, 3 * CHUNK)))
+    node.contents.foresee(trace_of(stock, (b"big", 0, 100)))
+    await until(lambda: len(cache.parts) == 2 and node.store.is_committed(stock.path))
+    chunked = await node.chunked.find(path.path)
+    assert chunked is not None
+    await until(lambda: chunked.is_idle)
+    assert (
+        bytes_asked(cache) < 150_000
+    )  # 16 KiB and 32, as a trace rounds, and a chunk on each side
+    asked = len(cache.parts)
+    entry = next(e for e in path.index.tree.entries if e.name == b"other")
+    await node.contents.want_file(path.path, entry)  # the trace knows better
+    assert chunked.is_idle
+    assert await read(node, path, b"other", 51 * CHUNK, CHUNK) == OTHER_BIG[51 * CHUNK : 52 * CHUNK]
+    assert await read(node, path, b"big", 0, 100) == BIG[:100]
+    assert len(cache.parts) == asked
+
+
+async def test_a_trace_of_another_nar_fetches_no_part(
+    cache: MemorySubstituter, make_node: MakeNode
+) -> None:
+    path = put(cache, published("lazy", TREE))
+    other = published("lazy", {**TREE, "small": b"other"})  # type: ignore[dict-item]
+    node = await node_with(make_node, path)
+    node.contents.foresee(trace_of(other, (b"big", 0, 100)))
+    await until(lambda: path.index_name in cache.requests)
+    await trio.testing.wait_all_tasks_blocked(0.05)
+    assert cache.parts == []
+
+
+async def test_a_file_that_is_wanted_whole_comes_behind_its_readers(
+    cache: MemorySubstituter, make_node: MakeNode
+) -> None:
+    path = put(cache, published("lazy", TREE))
+    node = await node_with(make_node, path)
+    tree = await node.contents.tree(path.path)
+    entry = next(entry for entry in tree.entries if entry.name == b"other")
+    await node.contents.want_file(path.path, entry)
+    # The last chunk is wanted now: what has not begun begins with it.
+    at = len(OTHER_BIG) - CHUNK
+    assert await read(node, path, b"other", at, CHUNK) == OTHER_BIG[at:]
+    chunked = await node.chunked.find(path.path)
+    assert chunked is not None
+    await until(lambda: chunked.is_idle)
+    assert bytes_asked(cache) < 1.1 * len(OTHER_BIG)  # each once, but for what stands around it
+    asked = len(cache.parts)
+    assert await read(node, path, b"other", 0, len(OTHER_BIG)) == OTHER_BIG
+    assert len(cache.parts) == asked
+
+
+async def test_whoever_waits_for_what_another_takes_over_gets_it_too(
+    cache: MemorySubstituter, make_node: MakeNode
+) -> None:
+    path = put(cache, published("lazy", TREE))
+    node = await node_with(make_node, path)
+    entry = next(
+        entry for entry in (await node.contents.tree(path.path)).entries if entry.name == b"other"
+    )
+    found: list[bytes | None] = []
+
+    async def ask(offset: int, priority: Priority) -> None:
+        found.append(
+            await node.contents.read(path.path, entry.offset + offset, CHUNK, priority=priority)
+        )
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(ask, 0, Priority.REST)
+        nursery.start_soon(ask, 0, Priority.TRACE)
+        nursery.start_soon(ask, 0, Priority.READER)
+    assert found == [OTHER_BIG[:CHUNK]] * 3
+
+
+async def test_indexes_are_learnt_before_anybody_looks(
+    cache: MemorySubstituter, make_node: MakeNode
+) -> None:
+    path = put(cache, published("lazy", TREE))
+    node = await node_with(make_node, path)
+    node.contents.learn([path.path])
+    await until(lambda: node.chunked.opened(path.path) is not None)
+    asked = len(cache.requests)
+    await node.contents.tree(path.path)
+    assert len(cache.requests) == asked
+    node.contents.learn([path.path] * 1000)  # too many to be worth a request each
