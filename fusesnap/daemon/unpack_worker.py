@@ -6,7 +6,6 @@ descriptor of a connected stream socket, see ``fetch.unpack_frames``.
 
 from __future__ import annotations
 
-import os
 import signal
 import socket
 import sys
@@ -15,13 +14,10 @@ from contextlib import suppress
 from pathlib import Path
 
 from fusesnap.daemon.logs import log_to_stderr
+from fusesnap.daemon.niceness import behind_readers
 from fusesnap.fetch.unpack_server import UnpackServer
 from fusesnap.nix.store_path import StoreDir
 from fusesnap.store.local_store import LocalStore
-
-# How much nicer it is than the loop that answers readers, where there are any. On two busy cores the median answer
-# while a NAR of 300 MB is unpacked comes in 0.25 ms with it, in 1.4 to 3.5 ms without (scripts/bench latency).
-BEHIND_READERS = 5
 
 
 def main() -> None:
@@ -32,7 +28,7 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     log_to_stderr()
     if not float(linger):
-        os.nice(BEHIND_READERS)
+        behind_readers()
     with (
         socket.socket(fileno=int(stream)) as connection,
         LocalStore.open(Path(state), StoreDir(store_dir), clock=time.time) as store,

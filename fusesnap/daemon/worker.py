@@ -22,6 +22,7 @@ from fusesnap.config import Settings, handed_down
 from fusesnap.daemon import control
 from fusesnap.daemon.build import Authorities, Node, open_node, plain_errors
 from fusesnap.daemon.logs import explained, log_to_stderr
+from fusesnap.daemon.niceness import before_others
 from fusesnap.daemon.readers import identify, is_dying, is_thread_of
 from fusesnap.daemon.signals import stop_on_signal
 from fusesnap.daemon.status import status_of_wait, worker_status
@@ -227,6 +228,7 @@ def main() -> None:
     """Run."""
     given, fuse, init_request, ready = sys.argv[1:]
     log_to_stderr()
+    before_others()
     with explained("worker"):
         settings = handed_down(given)
         authorities = Authorities.load(settings)  # readers wait for what comes after the turn
