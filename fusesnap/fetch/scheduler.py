@@ -250,10 +250,12 @@ class Scheduler:
         return load.lately.rate(now) <= LEAST_SHARE * self._rate.value
 
     def _nearly_done(self, load: Load) -> bool:
-        """Whether what remains is on its way already: to stop it would be to send it twice."""
-        return load.remaining is not None and load.remaining <= max(
-            HARDLY_ANYTHING, self._underway(load.source)
-        )
+        """Whether what remains is on its way already: to stop it would be to send it twice.
+
+        Of what has just been asked for nothing came yet, but will: so twice as much is let come.
+        """
+        underway = self._underway(load.source) * (1 if load.flows else 2)
+        return load.remaining is not None and load.remaining <= max(HARDLY_ANYTHING, underway)
 
     def _underway(self, source: str) -> float:
         """Bandwidth times delay: what is on its way, or will be once it is asked for."""

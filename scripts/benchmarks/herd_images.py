@@ -75,9 +75,10 @@ class HerdImage:
 
     @property
     def command(self) -> list[str]:
-        """Reads every file of the closure, and says so."""
+        """Reads every file of the closure, says so, and stays."""
         shell, *others = (self._name(path) for path in self.paths)
-        return [shell, "sh", "-c", f"{shell} cat {' '.join(others)} | {shell} wc -c"]
+        read = f"{shell} cat {' '.join(others)} | {shell} wc -c"
+        return [shell, "sh", "-c", f"{read}; exec {shell} sleep 10000"]
 
     @property
     def says(self) -> str:
