@@ -84,6 +84,7 @@ class Herd:
         self._client = client
         self._images = images
         self._snapshotter = snapshotter
+        self._turn = 0
         self._references = [self._import(image, directory) for image in images]
 
     def start(self, count: int) -> float:
@@ -91,21 +92,26 @@ class Herd:
 
         They run until all have; to end them is not timed. Raises ``Failed``.
         """
+        self._turn += 1  # each container has a log of its own name
         all_read = threading.Barrier(count)
         began = time.perf_counter()
         with ThreadPoolExecutor(count) as threads:
-            ended = list(threads.map(lambda number: self._run(number, all_read), range(count)))
+            try:
+                ended = list(threads.map(lambda number: self._run(number, all_read), range(count)))
+            except BaseException:
+                all_read.abort()  # nobody waits any longer
+                raise
         return max(ended) - began
 
     def _run(self, number: int, all_read: threading.Barrier) -> float:
         image = self._images[number % len(self._images)]
         reference = self._references[number % len(self._images)]
-        name = f"{self._snapshotter}-{number}"
+        name = f"{self._snapshotter}-{self._turn}-{number}"
         try:
             with self._client.started(
                 reference, name, *image.command, snapshotter=self._snapshotter, timeout=SECONDS
             ) as container:
-                self._wait_until_read(container, image)
+                self._wait_until_read(container, image, all_read)
                 ended = time.perf_counter()
                 all_read.wait(SECONDS)
                 return ended
@@ -113,10 +119,12 @@ class Herd:
             all_read.abort()
             raise
 
-    def _wait_until_read(self, container: Container, image: HerdImage) -> None:
+    def _wait_until_read(
+        self, container: Container, image: HerdImage, all_read: threading.Barrier
+    ) -> None:
         deadline = time.perf_counter() + SECONDS
         while container.log_text() != image.says:
-            if time.perf_counter() > deadline:
+            if time.perf_counter() > deadline or all_read.broken:
                 raise Failed(f"{container.name} said {container.log_text()!r}, not {image.says!r}")
             time.sleep(LOOK_EVERY)
 
