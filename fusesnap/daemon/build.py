@@ -272,50 +272,49 @@ async def open_node(
         telemetry = await stack.enter_async_context(open_telemetry(settings, process).running())
         telemetry.watch(lambda: totals_of(pool, store.room))
         nursery = await stack.enter_async_context(trio.open_nursery())
-        limits = Limits(settings.fetch.lookups, settings.fetch.stall_timeout)
-        may = LinkLimits(settings.fetch.transfers, settings.fetch.connections)
-        link = open_link(nursery, may, settings.fetch.bandwidth)
-        unpackers = UnpackProcesses(
-            unpack_command(settings, linger),
-            settings.fetch.unpackers,
-            nursery,
-            ThreadUnpackers(store),
-        )
-        chunked = await open_chunked_paths(settings, store, pool, link, nursery, telemetry.fetch)
-        follows = settings.fetch.follows
-
-        def heard(event: FetchEvent) -> None:
-            telemetry.fetch(event)
-            if "references" in follows:
-                references.heard(event)
-
-        realiser = Realiser(
-            store,
-            pool,
-            unpackers,
-            link,
-            nursery,
-            limits,
-            identify,
-            heard,
-            open_builder(settings, store),
-            chunked,
-        )
-        contents = Contents(store, realiser, chunked, nursery)
-        references = References(store, contents.request, nursery)
-        loader = Loader(store, store_dir, contents, nursery, follows="loader" in follows)
         try:
-            yield Node(
-                settings,
-                store_dir,
-                store,
-                pool,
-                unpackers,
-                link,
-                realiser,
-                contents,
-                loader,
-                telemetry,
-            )
+            yield await assembled(settings, store, pool, telemetry, nursery, linger)
         finally:
             nursery.cancel_scope.cancel()
+
+
+async def assembled(
+    settings: Settings,
+    store: LocalStore,
+    pool: SubstituterPool,
+    telemetry: Telemetry,
+    nursery: trio.Nursery,
+    linger: float,
+) -> Node:
+    """What fetches from ``pool`` into ``store``, in tasks of ``nursery``. See :func:`open_node`."""
+    fetch = settings.fetch
+    link = open_link(nursery, LinkLimits(fetch.transfers, fetch.connections), fetch.bandwidth)
+    command, threads = unpack_command(settings, linger), ThreadUnpackers(store)
+    unpackers = UnpackProcesses(command, fetch.unpackers, nursery, threads)
+    chunked = await open_chunked_paths(settings, store, pool, link, nursery, telemetry.fetch)
+
+    def heard(event: FetchEvent) -> None:
+        telemetry.fetch(event)
+        if "references" in fetch.follows:
+            references.heard(event)
+
+    limits, builder = Limits(fetch.lookups, fetch.stall_timeout), open_builder(settings, store)
+    realiser = Realiser(
+        store, pool, unpackers, link, nursery, limits, identify, heard, builder, chunked
+    )
+    contents = Contents(store, realiser, chunked, nursery)
+    references = References(store, contents.request, nursery)
+    follows = "loader" in fetch.follows
+    loader = Loader(store, store.store_dir, contents, nursery, follows=follows)
+    return Node(
+        settings,
+        store.store_dir,
+        store,
+        pool,
+        unpackers,
+        link,
+        realiser,
+        contents,
+        loader,
+        telemetry,
+    )

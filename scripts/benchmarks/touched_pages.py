@@ -97,6 +97,7 @@ def main() -> None:
     finally:
         run(["umount", "--recursive", root])
         disk.unlink()
+        root.rmdir()
 
 
 def _make_file_system(request: Request, disk: Path, root: Path) -> None:
