@@ -84,6 +84,7 @@ in
           LimitNOFILE = 1048576;
           TasksMax = "infinity";
           OOMScoreAdjust = -900;
+          Nice = -10;
           CapabilityBoundingSet = [
             "CAP_SYS_ADMIN"
             "CAP_DAC_OVERRIDE"
