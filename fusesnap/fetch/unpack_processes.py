@@ -157,6 +157,7 @@ class _Process:
                 try:
                     await self._stream.send_all(b"".join(frame.encode() for frame in frames))
                 except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
+                    self.alive = False  # perhaps before it was heard: the next NAR gets another
                     raise UnpackerDied(f"unpack process {self.pid} is gone") from error
         if patience.cancelled_caught:
             self._give_up()
