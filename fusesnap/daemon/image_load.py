@@ -16,14 +16,12 @@ from fusesnap.daemon.image_sources import opened
 from fusesnap.daemon.watching import Watch, draw
 from fusesnap.images.opening import OpenImage
 from fusesnap.images.platform import Platform
-from fusesnap.services.containerd_calls import ContainerdCalls
+from fusesnap.services.containerd_calls import KUBERNETES, ContainerdCalls
 from fusesnap.services.containerd_client import find_snapshotter, open_channel
 from fusesnap.services.image_content import ImageContent
 from fusesnap.services.image_names import ImageNames
 from fusesnap.services.image_unpack import Unpacker
 from fusesnap.services.lease import leased
-
-KUBERNETES = "k8s.io"
 
 
 @dataclass(frozen=True, slots=True)

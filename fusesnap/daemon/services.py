@@ -38,12 +38,12 @@ from fusesnap.filesystem.views import Views
 from fusesnap.images.platform import Platform
 from fusesnap.images.store_images import StoreImages
 from fusesnap.nix.store_path import StorePath
-from fusesnap.services.containerd_calls import ContainerdCalls
+from fusesnap.services.containerd_calls import KUBERNETES, ContainerdCalls
 from fusesnap.services.containerd_client import find_snapshotter, open_channel
 from fusesnap.services.daemon_service import Call, daemon_service
 from fusesnap.services.diff_service import Differ, diff_service
 from fusesnap.services.image_service import image_service
-from fusesnap.services.nix_images import NAMESPACE, PulledImages
+from fusesnap.services.nix_images import PulledImages
 from fusesnap.services.server import serve
 from fusesnap.snapshots.comparison import Comparer
 from fusesnap.snapshots.farms import Farms
@@ -75,7 +75,7 @@ async def run(settings: Settings, ready: int) -> None:
                 "Status": partial(status, node, snapshotter, waits, collector),
                 "Cancel": partial(cancel, node, snapshotter, waits),
             }
-            images = build_images(node, ContainerdCalls(containerd, NAMESPACE), nursery)
+            images = build_images(node, ContainerdCalls(containerd, KUBERNETES), nursery)
             also = [
                 daemon_service(calls),
                 diff_service(build_differ(settings)),

@@ -12,6 +12,8 @@ import trio
 from fusesnap.services.content import LEASE_HEADER, Metadata, translated
 
 NAMESPACE_HEADER: Final = "containerd-namespace"
+# Where Kubernetes' images are (``K8sContainerdNamespace`` in containerd's ``internal/cri/constants``).
+KUBERNETES: Final = "k8s.io"
 # Seconds. containerd looks into its database, for which a client may have to wait that unpacks.
 QUICK: Final = 60.0
 # Seconds for a layer: to unpack one of many gigabytes on a slow disk takes that long, and nothing tells how far it is.

@@ -15,7 +15,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Final, TypeVar
+from typing import TypeVar
 
 import grpc
 import trio
@@ -23,6 +23,7 @@ import trio
 from fusesnap.errors import NotOurs, Unavailable
 from fusesnap.services.api import descriptor_pb2, diff_pb2, diff_pb2_grpc, mount_pb2
 from fusesnap.services.calls import Calls
+from fusesnap.services.containerd_calls import NAMESPACE_HEADER
 from fusesnap.services.content import (
     LEASE_HEADER,
     Compression,
@@ -37,8 +38,6 @@ from fusesnap.snapshots.interface import Mount
 T = TypeVar("T")
 
 log = logging.getLogger(__name__)
-
-NAMESPACE_HEADER: Final = "containerd-namespace"
 
 # A request to unpack, by the layer and the place that it is to go to.
 _Unpacking = tuple[str, tuple[tuple[str, str, tuple[str, ...]], ...]]

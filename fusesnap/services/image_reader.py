@@ -20,10 +20,10 @@ from fusesnap.images.documents import (
 from fusesnap.images.layout import MAX_DEPTH
 from fusesnap.images.platform import Platform
 from fusesnap.services.api import content_pb2, content_pb2_grpc, images_pb2, images_pb2_grpc
-from fusesnap.services.containerd_calls import QUICK, ContainerdCalls
+from fusesnap.services.containerd_calls import KUBERNETES, QUICK, ContainerdCalls
 
 # Kubernetes' images, and those of ctr and nerdctl.
-NAMESPACES: Final = ("k8s.io", "default")
+NAMESPACES: Final = (KUBERNETES, "default")
 
 
 class ImageReader:

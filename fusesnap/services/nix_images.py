@@ -30,8 +30,6 @@ from fusesnap.services.shared_work import SharedWork
 
 log = logging.getLogger(__name__)
 
-# Where Kubernetes' images are (``K8sContainerdNamespace`` in containerd's ``internal/cri/constants``).
-NAMESPACE: Final = "k8s.io"
 # A path as Docker's grammar has it (``reference.go`` of github.com/distribution/reference): domain and path together
 # have at most 255 characters.
 _COMPONENT: Final = r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*"
