@@ -53,7 +53,7 @@ the time from the pull to the first output. All sides take turns, each with fres
 The limit is what no way of fetching can save: two round trips, the pages that the start touches as one zstd stream of
 the highest level over the link, and the same start with everything local and warm.
 """
-ROUNDING = 16 * 1024  # bytes to which a startup bundle rounds extents
+ROUNDING = 16 * 1024  # bytes; as startup traces round extents
 PROFILES = {"5": (5e6, 0.2), "20": (20e6, 0.08), "100": (100e6, 0.02), "1000": (1e9, 0.001)}
 KINDS = ("nix", "gzip", "zstd")
 

@@ -24,7 +24,7 @@ from testbed.processes import run
 from benchmarks.coldstart_workloads import Built
 
 PAGE = mmap.PAGESIZE
-LEVEL, WINDOW_LOG = 19, 27  # of zstd: as a startup bundle is compressed
+LEVEL, WINDOW_LOG = 19, 27  # of zstd: as small as it makes one stream
 SPARE = 256 << 20  # bytes of the file system beside the files
 
 
