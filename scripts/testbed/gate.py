@@ -4,19 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import grpc
 
-THREADS = 32
-# Of the metadata of a call, what gRPC writes itself.
-OWN_METADATA = ("user-agent", "grpc-")
+from testbed.between import Between, placed
+
 PATIENCE = 60.0  # seconds that a call is held, should nobody let it go
-# What a call carries at most; gRPC's own limit is smaller than containerd's.
-MESSAGE_BYTES = 16 << 20
 
 
 class Hold:
@@ -34,11 +29,11 @@ class Hold:
         self.released.wait(PATIENCE)
 
 
-class Gate(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # generic for mypy alone
+class Gate(Between):
     """Passes calls on to ``channel``. Methods are named as ``Leases/Create``, without their package."""
 
     def __init__(self, channel: grpc.Channel) -> None:
-        self._channel = channel
+        super().__init__(channel)
         self._holds: list[Hold] = []
         self._refused: list[str] = []
 
@@ -62,32 +57,16 @@ class Gate(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # generic for myp
         finally:
             self._refused.remove(method)
 
-    def service(self, handler_call_details: Any) -> grpc.RpcMethodHandler[bytes, bytes]:
-        """See grpc."""
-        method: str = handler_call_details.method
-        return grpc.stream_stream_rpc_method_handler(self._forward(method))
+    def called(self, method: str, context: grpc.ServicerContext) -> None:
+        """See Between."""
+        short = _short(method)
+        if short in self._refused:
+            context.abort(grpc.StatusCode.UNAVAILABLE, f"{short} is refused")
+        self._wait(short, after=False)
 
-    def _forward(self, method: str) -> Callable[..., Iterator[bytes]]:
-        package, _, name = method.rpartition("/")
-        short = f"{package.rpartition('.')[2]}/{name}"
-
-        def serve(requests: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
-            if short in self._refused:
-                context.abort(grpc.StatusCode.UNAVAILABLE, f"{short} is refused")
-            self._wait(short, after=False)
-            given = context.invocation_metadata()
-            metadata = tuple(item for item in given if not item[0].startswith(OWN_METADATA))
-            call = self._channel.stream_stream(method, None, None)
-            responses = call(_as_long_as_they_come(requests), metadata=metadata)
-            context.add_callback(responses.cancel)
-            try:
-                for response in responses:
-                    self._wait(short, after=True)
-                    yield response
-            except grpc.RpcError as error:
-                context.abort(error.code(), error.details() or "")
-
-        return serve
+    def answered(self, method: str, request: bytes, response: bytes) -> None:
+        """See Between."""
+        self._wait(_short(method), after=True)
 
     def _wait(self, method: str, *, after: bool) -> None:
         for hold in list(self._holds):
@@ -95,25 +74,11 @@ class Gate(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # generic for myp
                 hold.wait()
 
 
-@contextlib.contextmanager
-def gate(address: Path, target: Path) -> Iterator[Gate]:
+def gate(address: Path, target: Path) -> contextlib.AbstractContextManager[Gate]:
     """Pass the calls that come to the socket ``address`` on to ``target`` for the time of the context."""
-    limits = [("grpc.max_receive_message_length", MESSAGE_BYTES)]
-    with (
-        grpc.insecure_channel(f"unix:{target}", limits) as channel,
-        ThreadPoolExecutor(THREADS) as threads,
-    ):
-        between = Gate(channel)
-        server = grpc.server(threads, handlers=[between], options=limits)
-        server.add_insecure_port(f"unix:{address}")
-        server.start()
-        try:
-            yield between
-        finally:
-            server.stop(None).wait()
+    return placed(Gate, address, target)
 
 
-def _as_long_as_they_come(requests: Iterator[bytes]) -> Iterator[bytes]:
-    """The requests of a call, until there are no more or the call has ended."""
-    with contextlib.suppress(grpc.RpcError, StopIteration):
-        yield from requests
+def _short(method: str) -> str:
+    package, _, name = method.rpartition("/")
+    return f"{package.rpartition('.')[2]}/{name}"
