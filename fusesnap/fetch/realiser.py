@@ -85,8 +85,7 @@ class Realiser:
         self._limits = limits
         self._identify = identify
         self._observe = observe
-        self._requests = Requests(self._begin)
-        self._pumping = False
+        self._requests = Requests(self._begin, nursery)
         self._flights: dict[StorePath, Flight] = {}
         self._progress = Progress()
         self._trees = Trees()
@@ -214,12 +213,7 @@ class Realiser:
                 self._flights[path].want(priority)
             else:
                 self._requests.add(path, priority)
-        if not self._pumping:
-            self._pumping = True
-            try:
-                await self._requests.begin_all()
-            finally:
-                self._pumping = False
+        await self._requests.begin_all()
 
     def _begin(self, path: StorePath, priority: Priority) -> Flight | None:
         """Have a requested path fetched, unless somebody has read it before its turn."""

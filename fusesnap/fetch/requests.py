@@ -22,10 +22,15 @@ class Requests:
     """Paths by priority, and by when they were asked for. ``begin`` makes a flight of one, or none if there is no need.
 
     A flight begins only when the one before it waits in the line of the link, so that an order is kept there too.
+    ``nursery`` sees flights off, which may last longer than there is anything to begin.
     """
 
-    def __init__(self, begin: Callable[[StorePath, Priority], Flight | None]) -> None:
+    def __init__(
+        self, begin: Callable[[StorePath, Priority], Flight | None], nursery: trio.Nursery
+    ) -> None:
         self._begin = begin
+        self._nursery = nursery
+        self._beginning = False
         self._heap: list[tuple[Priority, int, StorePath]] = []
         self._wanted: dict[StorePath, Priority] = {}
         self._numbers = itertools.count()
@@ -49,20 +54,29 @@ class Requests:
         self._wake()
 
     async def begin_all(self) -> None:
-        """Make flights of them as their turn comes, until none is left."""
-        async with trio.open_nursery() as nursery:
+        """Make flights of them as their turn comes, until none is left; nothing where that is being done already."""
+        if self._beginning:
+            return
+        self._beginning = True
+        try:
+            # Nothing may be awaited between the last look at the heap and the end: what is added then would stay there.
             while self._heap:
-                priority, _, path = self._heap[0]
-                # Those that are less urgent do not keep it waiting.
-                if sum(flight.priority <= priority for flight in self._waiting) >= AHEAD:
-                    await self._changed.wait()
-                    continue
-                heapq.heappop(self._heap)
-                flight = self._take(path, priority)
-                if flight is not None:
-                    self._waiting.add(flight)
-                    nursery.start_soon(self._see_off, flight)
-                    await flight.in_line()
+                await self._begin_next()
+        finally:
+            self._beginning = False
+
+    async def _begin_next(self) -> None:
+        priority, _, path = self._heap[0]
+        # Those that are less urgent do not keep it waiting.
+        if sum(flight.priority <= priority for flight in self._waiting) >= AHEAD:
+            await self._changed.wait()
+            return
+        heapq.heappop(self._heap)
+        flight = self._take(path, priority)
+        if flight is not None:
+            self._waiting.add(flight)
+            self._nursery.start_soon(self._see_off, flight)
+            await flight.in_line()
 
     def _take(self, path: StorePath, priority: Priority) -> Flight | None:
         if self._wanted.get(path) is not priority:
