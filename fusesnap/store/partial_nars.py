@@ -10,9 +10,11 @@ Beside each other in the directory ``partial`` of the state directory, for a sto
 ``P.map``
     what is there, docs/formats.md. Its owner holds a lock on it.
 
-A chunk is written before the map says so. So after ``kill -9`` the map is right, because what was written stays in the
-page cache. After a loss of power it may say more than is on the disk; the map remembers the boot that it was written
-in, and in another one every chunk is read and hashed before it counts.
+There are whole chunks and *extents*: any bytes, verified by a SHA-256 of their own, which a startup bundle brings.
+
+What comes is written before the map says so. So after ``kill -9`` the map is right, because what was written stays in
+the page cache. After a loss of power it may say more than is on the disk; the map remembers the boot that it was
+written in, and in another one every chunk and every extent is read and hashed before it counts.
 """
 
 from __future__ import annotations
@@ -24,6 +26,8 @@ import os
 import struct
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Final, Self
 from uuid import UUID
@@ -31,6 +35,7 @@ from uuid import UUID
 from fusesnap.errors import InvalidData, StorageFailure
 from fusesnap.nix.chunk_table import Chunk, ChunkTable
 from fusesnap.nix.store_path import StorePath
+from fusesnap.store.byte_ranges import ByteRanges
 from fusesnap.store.layout import StateLayout
 from fusesnap.store.locks import try_flock
 from fusesnap.store.state_database import Pin
@@ -43,11 +48,28 @@ _HEADER: Final = struct.Struct(
     "<8s32s32s16sQ"
 )  # magic, NAR hash, SHA-256 of the index, boot, chunks
 _MISSING, _THERE = 0, 1
+_EXTENT: Final = struct.Struct("<QI32sB")  # offset in the NAR, size, SHA-256, and that it is whole
+_WHOLE: Final = 1
 _MODE: Final = 0o600
+_CLOSED: Final = -1
+
+
+@dataclass(frozen=True, slots=True)
+class Extent:
+    """``size`` bytes of the NAR from ``start``, which hash to ``digest`` (SHA-256)."""
+
+    start: int
+    size: int
+    digest: bytes
+
+    @property
+    def end(self) -> int:
+        """Where it ends in the NAR."""
+        return self.start + self.size
 
 
 class PartialNar:
-    """One NAR. Everything but :meth:`write` is for one thread; that one may be called from others."""
+    """One NAR. Everything is for one thread but what writes and :meth:`adopt`: they may be called from others."""
 
     def __init__(self, path: StorePath, chunks: ChunkTable, nar: int, map_: int) -> None:
         """Made by :meth:`PartialNars.open`."""
@@ -57,6 +79,8 @@ class PartialNar:
         self._map = map_
         self._there = bytearray(len(chunks))
         self._count = 0
+        self._extents = ByteRanges()
+        self._next_extent = count()
 
     def has(self, number: int) -> bool:
         """Whether chunk ``number`` is here."""
@@ -81,27 +105,68 @@ class PartialNar:
         """Those of ``numbers`` that are not here."""
         return [number for number in numbers if self._there[number] != _THERE]
 
+    def gaps(self, start: int, end: int) -> list[tuple[int, int]]:
+        """The parts of bytes ``start`` up to ``end`` of the NAR that are in no chunk and in no extent that is here."""
+        found: list[tuple[int, int]] = []
+        for number in self.missing(self._chunks.covering(start, end)):
+            chunk = self._chunks[number]
+            found += self._extents.gaps(max(start, chunk.start), min(end, chunk.end))
+        return found
+
     def write(self, chunk: Chunk, data: bytes) -> None:
         """Put the contents of a chunk, which are verified, and say that they are here. Raises StorageFailure."""
         with storage("write", f"part of the NAR of {self.path}"):
             _write_all(self._nar, data, chunk.start)
-            os.pwrite(self._map, bytes((_THERE,)), _HEADER.size + chunk.number)
+            self._mark(chunk.number, _THERE)
 
     def note(self, number: int) -> None:
         """Chunk ``number`` was written."""
         self._count += self._there[number] != _THERE
         self._there[number] = _THERE
 
+    def write_extent(self, extent: Extent, data: bytes) -> None:
+        """Put the contents of an extent, which are verified, and say that they are here. Raises StorageFailure."""
+        with storage("write", f"part of the NAR of {self.path}"):
+            _write_all(self._nar, data, extent.start)
+            self._log(extent)
+
+    def note_extent(self, extent: Extent) -> None:
+        """An extent was written."""
+        self._extents.add(extent.start, extent.end)
+
+    def made_of_extents(self) -> list[Chunk]:
+        """The chunks that are missing although every byte of them is here."""
+        found = []
+        for start, end in self._extents:
+            for number in self.missing(self._chunks.covering(start, end)):
+                chunk = self._chunks[number]
+                if start <= chunk.start and chunk.end <= end:
+                    found.append(chunk)
+        return found
+
+    def adopt(self, chunk: Chunk) -> bool:
+        """Say that a chunk is here whose bytes are, if they are what they must be; :meth:`note` is still owed.
+
+        Raises StorageFailure.
+        """
+        with storage("read", f"part of the NAR of {self.path}"):
+            is_right = self._is_right(chunk)
+            if is_right:
+                self._mark(chunk.number, _THERE)
+            return is_right
+
     def read(self, offset: int, size: int) -> bytes:
-        """Bytes of the NAR from ``offset``; the chunks that hold them are here. Raises OSError."""
+        """Bytes of the NAR from ``offset``, all of which are here. Raises OSError."""
         return os.pread(self._nar, size, offset)
 
     def close(self) -> None:
-        """Let go of the files. Nothing may be under way."""
-        os.close(self._nar)
-        os.close(self._map)
+        """Let go of the files, if that was not done. Nothing may be under way."""
+        nar, self._nar = self._nar, _CLOSED
+        map_, self._map = self._map, _CLOSED
+        for descriptor in {nar, map_} - {_CLOSED}:
+            os.close(descriptor)
 
-    def restore(self, states: bytes, *, trusted: bool) -> None:
+    def restore(self, states: bytes, extents: Sequence[Extent], *, trusted: bool) -> None:
         """Take over what the map says, where not ``trusted`` only after reading and hashing it."""
         for number, state in enumerate(states):
             if state != _THERE:
@@ -109,11 +174,39 @@ class PartialNar:
             if trusted or self._is_right(self._chunks[number]):
                 self.note(number)
             else:
-                os.pwrite(self._map, bytes((_MISSING,)), _HEADER.size + number)
+                self._mark(number, _MISSING)
+        right = [each for each in extents if trusted or self._is_right(each)]
+        if len(right) < len(extents):
+            self._forget_extents()
+            for extent in right:
+                self._log(extent)
+        for extent in right:
+            self.note_extent(extent)
 
-    def _is_right(self, chunk: Chunk) -> bool:
-        data = os.pread(self._nar, chunk.size, chunk.start)
-        return hashlib.sha256(data).digest() == chunk.digest
+    def go_on_after(self, extents: int) -> None:
+        """There is room for so many in the map that must not be written over."""
+        self._next_extent = count(extents)
+
+    def _mark(self, number: int, state: int) -> None:
+        os.pwrite(self._map, bytes((state,)), _HEADER.size + number)
+
+    def _log(self, extent: Extent) -> None:
+        record = _EXTENT.pack(extent.start, extent.size, extent.digest, _WHOLE)
+        # Two threads never get the same place: a count is drawn in one step.
+        place = next(self._next_extent)
+        _write_all(self._map, record, self._extents_start + place * _EXTENT.size)
+
+    def _forget_extents(self) -> None:
+        os.ftruncate(self._map, self._extents_start)
+        self._next_extent = count()
+
+    @property
+    def _extents_start(self) -> int:
+        return _HEADER.size + len(self._chunks)
+
+    def _is_right(self, part: Chunk | Extent) -> bool:
+        data = os.pread(self._nar, part.size, part.start)
+        return hashlib.sha256(data).digest() == part.digest
 
 
 class PartialNars:
@@ -169,9 +262,11 @@ class PartialNars:
             if found is None or os.fstat(nar).st_size != chunks.nar_size:
                 self._begin(path, index, chunks, map_, nar, header)
                 return PartialNar(path, chunks, nar, map_)
-            boot, states = found
             partial = PartialNar(path, chunks, nar, map_)
-            partial.restore(states, trusted=boot == self._boot)
+            records = _read_extents(map_, _HEADER.size + len(chunks))
+            partial.go_on_after(len(records))
+            extents = [each for each in records if each is not None and each.end <= chunks.nar_size]
+            partial.restore(found.states, extents, trusted=found.boot == self._boot)
             os.pwrite(map_, header, 0)
         except BaseException:
             os.close(nar)
@@ -253,17 +348,35 @@ def _lock(map_: int, file: Path) -> None:
         raise StorageFailure(f"{file}: in use by another process", errno.EBUSY)
 
 
-def _read_map(map_: int, expected: bytes) -> tuple[bytes, bytes] | None:
-    """The boot that a map was written in, and the states of its chunks; None unless it is of the NAR expected."""
+@dataclass(frozen=True, slots=True)
+class _Map:
+    """What a map says: the boot that it was written in, and a byte a chunk."""
+
+    boot: bytes
+    states: bytes
+
+
+def _read_map(map_: int, expected: bytes) -> _Map | None:
+    """What a map says of its chunks; None unless it is of the NAR expected."""
     data = os.pread(map_, _HEADER.size, 0)
     if len(data) != _HEADER.size:
         return None
-    magic, nar_hash, index, boot, count = _HEADER.unpack(data)
+    magic, nar_hash, index, boot, chunks = _HEADER.unpack(data)
     wanted = _HEADER.unpack(expected)
-    states = os.pread(map_, count + 1, _HEADER.size) if count == wanted[4] else b""
-    if (magic, nar_hash, index, count) != (*wanted[:3], wanted[4]) or len(states) != count:
+    states = os.pread(map_, chunks, _HEADER.size) if chunks == wanted[4] else b""
+    if (magic, nar_hash, index, chunks) != (*wanted[:3], wanted[4]) or len(states) != chunks:
         return None
-    return boot, states
+    return _Map(boot, states)
+
+
+def _read_extents(map_: int, start: int) -> list[Extent | None]:
+    """What a map says of extents, a record each; None for one that was not written to its end."""
+    data = os.pread(map_, os.fstat(map_).st_size - start, start)
+    whole = len(data) - len(data) % _EXTENT.size
+    return [
+        Extent(offset, size, digest) if is_whole == _WHOLE and size else None
+        for offset, size, digest, is_whole in _EXTENT.iter_unpack(data[:whole])
+    ]
 
 
 def _write_all(descriptor: int, data: bytes, offset: int) -> None:

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from fusesnap.errors import StorageFailure
 from fusesnap.nix.chunk_table import ChunkTable
 from fusesnap.nix.hash import Hash, HashAlgorithm
-from fusesnap.store.partial_nars import PartialNar, PartialNars, remove_unwanted
+from fusesnap.store.partial_nars import Extent, PartialNar, PartialNars, remove_unwanted
 from fusesnap.store.state_database import Pin
 
 from .conftest import make_path, path_named
@@ -26,6 +26,7 @@ SIZES = (100, 1, 4096, 70)
 NAR = bytes(i % 251 for i in range(sum(SIZES)))
 INDEX = b"an index"
 PATH = path_named("partial")
+EXTENTS = [(4200, 4220), (4230, 4260)]  # of the last chunk
 
 
 def table(nar: bytes = NAR) -> ChunkTable:
@@ -45,6 +46,13 @@ def put(partial: PartialNar, *numbers: int) -> None:
         chunk = table()[number]
         partial.write(chunk, NAR[chunk.start : chunk.end])
         partial.note(number)
+
+
+def put_extents(partial: PartialNar, *ranges: tuple[int, int]) -> None:
+    for start, end in ranges:
+        extent = Extent(start, end - start, hashlib.sha256(NAR[start:end]).digest())
+        partial.write_extent(extent, NAR[start:end])
+        partial.note_extent(extent)
 
 
 @pytest.fixture
@@ -67,6 +75,72 @@ def test_what_is_written_is_there_for_the_next_owner(partials: PartialNars, tmp_
     assert again.read(0, len(NAR)) == NAR
     assert partials.index(PATH) == INDEX
     again.close()
+
+
+def test_extents_and_chunks_fill_each_others_gaps(partials: PartialNars, tmp_path: Path) -> None:
+    first = partials.open(pin(), INDEX, table())
+    put_extents(first, (50, 100), (110, 200), (4190, len(NAR)))
+    put(first, 1)
+    assert first.gaps(0, len(NAR)) == [(0, 50), (101, 110), (200, 4190)]
+    assert first.gaps(60, 101) == first.gaps(110, 200) == []
+    assert [chunk.number for chunk in first.made_of_extents()] == [3]
+    first.close()
+    again = PartialNars.in_state(tmp_path, BOOT).open(pin(), INDEX, table())
+    assert again.gaps(0, len(NAR)) == [(0, 50), (101, 110), (200, 4190)]
+    assert again.read(110, 90) == NAR[110:200]
+    put_extents(again, (0, 50))  # behind those that are there
+    assert again.adopt(table()[0])
+    again.note(0)
+    again.close()
+    third = PartialNars.in_state(tmp_path, BOOT).open(pin(), INDEX, table())
+    assert third.has(0)
+    assert third.gaps(0, 200) == [(101, 110)]
+    third.close()
+
+
+def test_a_chunk_that_extents_do_not_make_is_not_adopted(partials: PartialNars) -> None:
+    partial = partials.open(pin(), INDEX, table(bytes(len(NAR))))
+    put_extents(partial, (0, 100))
+    (chunk,) = partial.made_of_extents()
+    assert not partial.adopt(chunk)
+    partial.close()
+
+
+def test_after_a_loss_of_power_only_extents_that_hash_right_count(tmp_path: Path) -> None:
+    first = PartialNars.in_state(tmp_path, BOOT).open(pin(), INDEX, table())
+    put_extents(first, (110, 300), (500, 600), (1000, 1100))
+    first.close()
+    with (tmp_path / "partial" / f"{PATH}.nar").open("r+b") as file:
+        file.seek(550)
+        file.write(b"lost")
+    for _ in range(2):
+        again = PartialNars.in_state(tmp_path, NEXT_BOOT).open(pin(), INDEX, table())
+        assert again.gaps(110, 1100) == [(300, 1000)]
+        again.close()
+
+
+def test_a_record_that_was_not_written_to_its_end_says_nothing(
+    partials: PartialNars, tmp_path: Path
+) -> None:
+    first = partials.open(pin(), INDEX, table())
+    put_extents(first, (0, 50))
+    first.close()
+    file = tmp_path / "partial" / f"{PATH}.map"
+    good = file.read_bytes()
+    record = len(good) - 96 - len(SIZES)
+    for cut in range(record):
+        for torn in (
+            good[:-record] + good[-record:][:cut],
+            good[:-record] + good[-record:][:cut].ljust(record, b"\0"),
+        ):
+            file.write_bytes(torn)
+            again = partials.open(pin(), INDEX, table())
+            assert again.gaps(0, 50) == [(0, 50)]
+            put_extents(again, (60, 70))  # which must not be taken for its end
+            again.close()
+            once_more = partials.open(pin(), INDEX, table())
+            assert once_more.gaps(0, 100) == [(0, 60), (70, 100)]
+            once_more.close()
 
 
 def test_a_hole_takes_no_room(partials: PartialNars, tmp_path: Path) -> None:
@@ -168,7 +242,9 @@ def killed_after(state: Path, steps: int) -> bool:
 
         for name in ("pwrite", "ftruncate", "open", "rename"):
             setattr(os, name, step(getattr(os, name)))
-        put(PartialNars.in_state(state, BOOT).open(pin(), INDEX, table()), 0, 2, 1)
+        partial = PartialNars.in_state(state, BOOT).open(pin(), INDEX, table())
+        put(partial, 0, 2, 1)
+        put_extents(partial, *EXTENTS)
         os._exit(0)
     return os.waitpid(child, 0)[1] == 0
 
@@ -183,9 +259,11 @@ def test_killed_before_any_step_nothing_wrong_is_believed(tmp_path: Path) -> Non
                 assert partial.read(chunk.start, chunk.size) == NAR[chunk.start : chunk.end]
         found = [number for number in range(4) if partial.has(number)]
         assert found in ([], [0], [0, 2], [0, 1, 2])
+        extents = [(start, end) for start, end in EXTENTS if not partial.gaps(start, end)]
+        assert all(partial.read(start, end - start) == NAR[start:end] for start, end in extents)
         partial.close()
         if ended:
-            assert (found, steps > 8) == ([0, 1, 2], True)
+            assert (found, extents, steps > 12) == ([0, 1, 2], EXTENTS, True)
             break
     else:
         pytest.fail("it never came to its end")
