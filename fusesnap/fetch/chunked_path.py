@@ -28,13 +28,15 @@ from fusesnap.fetch.flight import Flight
 from fusesnap.fetch.link import Link, Passage, PauseLost
 from fusesnap.fetch.part_events import PartEvents
 from fusesnap.fetch.priority import Priority
+from fusesnap.fetch.promised import Bringer, Promised
+from fusesnap.fetch.read_ahead import FURTHEST, ReadAhead, reach
 from fusesnap.fetch.reserving import reservation
 from fusesnap.nix.chunk_table import Chunk
 from fusesnap.nix.nar_index import NarIndex
 from fusesnap.nix.store_path import StorePath
 from fusesnap.nix.tree import Tree
 from fusesnap.store.local_store import Pin
-from fusesnap.store.partial_nars import PartialNar
+from fusesnap.store.partial_nars import Extent, PartialNar
 from fusesnap.store.room import Room
 from fusesnap.substituter.base import Bookmark
 from fusesnap.substituter.pool import Offer
@@ -44,13 +46,6 @@ NEAR: Final = 32 * 1024
 # Bytes of the file in one request at most: what is more urgent interrupts it, but not without loss; and who wants its
 # last chunk waits for all of it.
 LARGEST_RUN: Final = 512 * 1024
-# Bytes of the file that are ahead of a sequential reader at most.
-FURTHEST: Final = 4 * 1024 * 1024
-# Bytes of the file that follow a miss, with the same urgency: as much as the link carries in about the time that a
-# request takes anyway, within these. The first is for a link of which nothing is known yet.
-FIRST_REACH: Final = 128 * 1024
-LEAST_REACH: Final = 64 * 1024
-MOST_REACH: Final = 512 * 1024
 # Bytes of the NAR that are taken at a time when the rest is fetched.
 _PIECE: Final = 1024 * 1024
 
@@ -81,29 +76,6 @@ class _Run:
         self.priority = min(self.priority, priority)
         if self.passage is not None:
             self.passage.become(self.priority)
-
-
-class ReadAhead:
-    """How far beyond what is wanted is fetched: as long as reads are sequential twice as far each time."""
-
-    def __init__(self) -> None:
-        self._window = 0
-        self._next = -1
-
-    def window(self, first: int) -> int:
-        """Bytes of the file to fetch behind a miss at chunk ``first``, less urgently; 0 for one out of the blue."""
-        self._window = min(max(2 * self._window, FIRST_REACH), FURTHEST) * (first == self._next)
-        return self._window
-
-    def fetched(self, last: int) -> None:
-        """Chunks up to ``last`` were asked for."""
-        self._next = last + 1
-
-
-def reach(link: Link, source: str) -> int:
-    """Bytes of the file to fetch behind a miss."""
-    underway = int(link.rate * link.round_trip(source))
-    return min(max(underway, LEAST_REACH), MOST_REACH) if underway else FIRST_REACH
 
 
 class ChunkedPath:
@@ -139,6 +111,8 @@ class ChunkedPath:
         self._source = ""  # the URL of the cache that was asked last
         self._coming: dict[int, _Run] = {}  # by the chunk
         self._runs: set[_Run] = set()
+        self._promised = Promised()
+        self._adopting = 0
         self._flight: Flight | None = None
         self._progressed = self.used = trio.current_time()
         self._closed = False
@@ -157,7 +131,7 @@ class ChunkedPath:
     @property
     def is_idle(self) -> bool:
         """Whether nothing is under way."""
-        return not self._runs
+        return not (self._runs or self._promised or self._adopting)
 
     @property
     def is_empty(self) -> bool:
@@ -167,7 +141,7 @@ class ChunkedPath:
     @property
     def flight(self) -> Flight | None:
         """What is being fetched now, for people to see."""
-        return self._flight
+        return self._flight or self._promised.flight
 
     @property
     def source(self) -> str:
@@ -183,7 +157,10 @@ class ChunkedPath:
     def close(self) -> None:
         """Let go of its files, as soon as nothing writes to them. Who still reads is told that there is nothing."""
         self._closed = True
-        if self.is_idle:
+        self._let_go()
+
+    def _let_go(self) -> None:
+        if self._closed and self.is_idle:
             self._partial.close()
 
     async def read(
@@ -207,12 +184,12 @@ class ChunkedPath:
         if self._closed:
             return
         self.used = trio.current_time()
-        wanted = {number for start, end in ranges for number in self._missing(start, end)}
-        self._ask(sorted(wanted), priority)
+        gaps = [gap for start, end in ranges for gap in self._partial.gaps(start, end)]
+        self._ask(self._numbers(self._promised.without(gaps)), priority)
 
     def at_hand(self, offset: int, size: int) -> bytes | None:
         """The same without waiting: None unless all of it is here."""
-        if self._closed or self._missing(offset, offset + size):
+        if self._closed or self._partial.gaps(offset, offset + size):
             return None
         self.used = trio.current_time()
         return self._partial.read(offset, size)
@@ -224,6 +201,7 @@ class ChunkedPath:
 
         ``progress`` is told how many bytes of the file are here more than before. Raises as :meth:`read`.
         """
+        await self.adopt()
         left = self.remaining
         for done in range(0, self._chunks.nar_size, _PIECE):
             size = min(_PIECE, self._chunks.nar_size - done)
@@ -236,10 +214,58 @@ class ChunkedPath:
             progress(before - left)
             yield data
 
+    # ------------------------------------------------------------ what a stream brings
+
+    def promise(self, by: Bringer, flight: Flight, ranges: Iterable[tuple[int, int]]) -> None:
+        """``by`` will bring these ranges of the NAR; until :meth:`withdraw` nobody asks for them otherwise.
+
+        It tells what a start reads of this path; so nothing is guessed any more.
+        """
+        self.is_foreseen = True
+        self._promised.add(by, flight, ranges)
+
+    def lacks(self, start: int, end: int) -> bool:
+        """Whether some of these bytes of the NAR are not here."""
+        return bool(self._partial.gaps(start, end))
+
+    def put_extent(self, extent: Extent, data: bytes) -> None:
+        """Write what was promised, which is verified; in a thread. Raises ``StorageFailure``."""
+        if not self._closed:
+            self._partial.write_extent(extent, data)
+
+    def has_extent(self, by: Bringer, extent: Extent) -> None:
+        """It was written."""
+        self._partial.note_extent(extent)
+        self._promised.kept(by, extent.start, extent.end)
+
+    def withdraw(self, by: Bringer) -> list[tuple[int, int]]:
+        """``by`` brings no more; returns the ranges that it has not brought."""
+        left = self._promised.withdraw(by)
+        self._let_go()
+        return left
+
+    async def adopt(self) -> None:
+        """Count chunks as here of which extents have brought every byte."""
+        self._adopting += 1
+        try:
+            for chunk in self._partial.made_of_extents():
+                if not self._closed and await trio.to_thread.run_sync(self._partial.adopt, chunk):
+                    self._partial.note(chunk.number)
+        finally:
+            self._adopting -= 1
+            self._let_go()
+
+    # ------------------------------------------------------------ private
+
     async def _ensure(
         self, start: int, end: int, watch: Callable[[Flight], None], priority: Priority
     ) -> None:
-        while not self._closed and (wanted := self._missing(start, end)):
+        while not self._closed and (gaps := self._partial.gaps(start, end)):
+            numbers, wanted = self._numbers(gaps), self._numbers(self._promised.without(gaps))
+            if not wanted and not self._coming.keys() & set(numbers):
+                await self._promised.wait(gaps, watch, self._stall)
+                continue
+            wanted = sorted({*wanted, *(self._coming.keys() & set(numbers))})
             self._ask(wanted, priority)
             if self._flight is not None:
                 watch(self._flight)
@@ -269,8 +295,8 @@ class ChunkedPath:
             if self._coming.get(number) is run:
                 del self._coming[number]
 
-    def _missing(self, start: int, end: int) -> list[int]:
-        return self._partial.missing(self._chunks.covering(start, end))
+    def _numbers(self, gaps: Iterable[tuple[int, int]]) -> list[int]:
+        return sorted({number for gap in gaps for number in self._chunks.covering(*gap)})
 
     async def _wait(self, run: _Run, number: int) -> None:
         arrived = run.arrived[number]
@@ -296,10 +322,11 @@ class ChunkedPath:
         """Ask for chunks that nobody has asked for, and for some behind them."""
         if not due:
             return
-        if self.is_idle:
+        if not self._runs:
             self._progressed = trio.current_time()
             self._flight = Flight(self.path)
-        if priority is not Priority.READER:  # who knows what he wants
+        # Some know what they want; and what a stream brings is not worth guessing at.
+        if priority is not Priority.READER or self._promised:
             self._start_runs(due, priority)
             return
         window = self._ahead.window(due[0])
@@ -374,13 +401,12 @@ class ChunkedPath:
         for event in run.arrived.values():
             event.set()
         run.events.land(run.error)
-        if not self.is_idle:
+        if self._runs:
             return
         if self._flight is not None:
             self._flight.land(run.error or self.tree)
             self._flight = None
-        if self._closed:
-            self._partial.close()
+        self._let_go()
 
     async def _fetch_from(self, offer: Offer, run: _Run) -> None:
         first, last = self._chunks[run.numbers[0]], self._chunks[run.numbers[-1]]
@@ -388,7 +414,10 @@ class ChunkedPath:
         size = last.file_end - first.file_start
         # A program that starts asks for one chunk after another, and most of the time it is the round trip that it
         # waits for: the rest of what it has opened comes meanwhile.
-        with self._link.passage(run.priority, self._source, size, modest=True) as run.passage:
+        beside = bool(self._promised)
+        with self._link.passage(
+            run.priority, self._source, size, modest=True, beside=beside
+        ) as run.passage:
             run.events.cross(run.passage)
             await run.passage.turn()
             run.events.begin(self._source)
@@ -443,6 +472,7 @@ class ChunkedPath:
             if chunk.number in run.arrived:
                 self._coming.pop(chunk.number, None)
                 run.arrived[chunk.number].set()
+        self._promised.wake()
 
 
 @asynccontextmanager

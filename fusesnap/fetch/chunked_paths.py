@@ -101,7 +101,10 @@ class ChunkedPaths:
         if path not in self._open and not self._partials.is_begun(path):
             return None
         found = await self.find(path)
-        return None if found is None or found.is_empty else found
+        if found is None:
+            return None
+        await found.adopt()
+        return None if found.is_empty else found
 
     async def give_up(self, chunked: ChunkedPath, error: FusesnapError) -> None:
         """A chunk could not be had: fetch the path whole for a while. What was shown stays what it is."""

@@ -40,13 +40,19 @@ class Link:
 
     @contextmanager
     def passage(
-        self, priority: Priority, source: str, size: int | None, *, modest: bool = False
+        self,
+        priority: Priority,
+        source: str,
+        size: int | None,
+        *,
+        modest: bool = False,
+        beside: bool = False,
     ) -> Iterator[Passage]:
         """A transfer of ``size`` bytes, if it is known how many, from the cache ``source``. It waits for its turn.
 
-        ``modest`` is one of many small ones in a row, see ``Load``.
+        ``modest`` is one of many small ones in a row, ``beside`` one that interrupts nothing, see ``Load``.
         """
-        passage = Passage(self, Load(priority, source, size, modest))
+        passage = Passage(self, Load(priority, source, size, modest, beside))
         self._passages[passage.load] = passage
         self._scheduler.add(passage.load)
         self.decide()

@@ -72,7 +72,8 @@ class LinkLimits:
 class Load:
     """Something to be transferred from ``source``, a cache's URL: ``remaining`` bytes, if it is known how many.
 
-    ``modest``: it is small, and others may use the link while it waits for its first byte. ``holds``: while it is
+    ``modest``: it is small, and others may use the link while it waits for its first byte. ``beside``: it is small, and
+    what it would interrupt is a stream that its reader needs as much, so it interrupts nothing. ``holds``: while it is
     paused its connection stays, because its cache cannot send the rest alone.
     """
 
@@ -80,6 +81,7 @@ class Load:
     source: str
     remaining: int | None
     modest: bool = False
+    beside: bool = False
     number: int = 0
     state: LoadState = LoadState.WAITING
     holds: bool = False
@@ -235,9 +237,13 @@ class Scheduler:
         remaining = math.inf if load.remaining is None else load.remaining
         return _Share(
             is_used=used,
-            is_claimed=used and not ((load.flows or load.modest) and self._nearly_done(load)),
+            is_claimed=used and not load.beside and not self._lets_others(load),
             outstanding=remaining if used and load.is_hungry else 0.0,
         )
+
+    def _lets_others(self, load: Load) -> bool:
+        """Whether others may use the link beside it."""
+        return (load.flows or load.modest) and self._nearly_done(load)
 
     def _is_held_back(self, load: Load, now: float) -> bool:
         """Whether it is the server that limits it, so that the link would be idle if it were alone."""
