@@ -3,19 +3,21 @@
 An event has no time of its own: who hears it is called at once, and has a clock. It must not wait, and not fail.
 
 Where single chunks are fetched each request is told of by itself: ``part`` is then what it carries, from its first byte
-up to its end in the compressed NAR. It is ``None`` for a whole NAR.
+up to its end in the compressed NAR. It is ``None`` for a whole NAR, and ``BUNDLED`` for what a startup bundle brings of
+one; what is ``received`` is then bytes of the bundle.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Final, TypeAlias
 
 from fusesnap.fetch.priority import Priority
 from fusesnap.nix.store_path import StorePath
 
 Part: TypeAlias = tuple[int, int]
+BUNDLED: Final[Part] = (0, 0)
 
 
 @dataclass(frozen=True, slots=True)

@@ -37,11 +37,12 @@ class PartEvents:
 
     def cross(self, passage: Passage) -> None:
         """Its bytes come by ``passage``, when they have their turn."""
-        passage.paused_or_resumed = self._paused_or_resumed
+        passage.paused_or_resumed = self.paused_or_resumed
         if passage.waits:
             self._observe(InLine(self._path, self._part))
 
-    def _paused_or_resumed(self, paused: bool) -> None:
+    def paused_or_resumed(self, paused: bool) -> None:
+        """More urgent ones have the link, or it is its turn again."""
         told = Paused if paused else Resumed
         self._observe(told(self._path, self._part))
 
@@ -49,7 +50,7 @@ class PartEvents:
         """What is missing is asked of ``cache``; ``kept`` bytes are here."""
         self._cache = cache
         size = self._part[1] - self._part[0]
-        self._observe(TransferBegun(self._path, cache, size, kept, self._part))
+        self._observe(TransferBegun(self._path, cache, size or None, kept, self._part))
 
     def receive(self, count: int) -> None:
         """So many bytes came."""

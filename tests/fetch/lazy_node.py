@@ -55,7 +55,7 @@ class Node:
             retry=RetryPolicy(sleep=at_once),
             deadline=10.0,
         )
-        link = open_link(nursery)
+        self.link = link = open_link(nursery)
         self.partials = PartialNars.in_state(state, UUID(int=1))
         self.heard: list[FetchEvent] = []
         observe = self.heard.append
