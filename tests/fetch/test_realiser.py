@@ -162,14 +162,34 @@ async def test_another_nar_than_the_committed_one_is_no_substitute(
 
 
 async def test_a_cache_that_says_nothing_is_not_waited_for_for_ever(
-    make_realiser: MakeRealiser,
+    make_realiser: MakeRealiser, mock_clock: trio.testing.MockClock
 ) -> None:
     hello = sample("hello", size=500_000)
     cache = cache_of(hello)
     cache.script(hello.info.url, Fault(None, after=100_000))
-    realiser = make_realiser(cache, limits=Limits(stall=0.5))
-    with pytest.raises(DeadlineExceeded, match=r"no progress .* from memory://cache"):
-        await realiser.realise(hello.path)
+    received, silent = 0, trio.Event()
+
+    def observe(event: FetchEvent) -> None:
+        nonlocal received
+        if isinstance(event, Received):
+            received += event.count
+            if received == 100_000:
+                silent.set()
+
+    async def let_time_pass() -> None:
+        await silent.wait()
+        mock_clock.jump(9)
+        await trio.testing.wait_all_tasks_blocked()
+        mock_clock.jump(100)  # so that the test ends if nobody has given up
+
+    realiser = make_realiser(cache, limits=Limits(stall=8), observe=observe)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(let_time_pass)
+        with (
+            pytest.raises(DeadlineExceeded, match=r"no progress .* 100000 of .* memory://cache"),
+            trio.fail_after(60),
+        ):
+            await realiser.realise(hello.path)
 
 
 async def test_after_a_failure_the_next_reader_tries_again(
