@@ -14,6 +14,7 @@ from testbed.processes import free_port, listens, running
 
 from fusesnap.nix.signature import TrustedKeys
 from fusesnap.nix.store_path import StoreDir
+from fusesnap.substituter.breaker import BreakerPolicy
 from fusesnap.substituter.client import make_client
 from fusesnap.substituter.http import HttpSubstituter, Timeouts
 from fusesnap.substituter.memory import MemorySubstituter
@@ -150,6 +151,7 @@ def make_pool(disk: NarInfoCache) -> MakePool:
             narinfo_cache=disk,
             retry=RetryPolicy(attempts=attempts, random=lambda: 1.0),
             deadline=deadline,
+            breaker=BreakerPolicy(random=lambda: 1.0),
         )
 
     return make
