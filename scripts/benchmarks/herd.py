@@ -103,10 +103,14 @@ class Herd:
                 raise
         return max(ended) - began
 
+    def remove_images(self) -> None:
+        """Have containerd forget the images, and so what they need."""
+        self._client.ctr("images", "rm", "--sync", *self._references)
+
     def _run(self, number: int, all_read: threading.Barrier) -> float:
         image = self._images[number % len(self._images)]
         reference = self._references[number % len(self._images)]
-        name = f"{self._snapshotter}-{self._turn}-{number}"
+        name = f"{self._snapshotter}-{image.number}-{self._turn}-{number}"
         try:
             with self._client.started(
                 reference, name, *image.command, snapshotter=self._snapshotter, timeout=SECONDS
@@ -172,8 +176,11 @@ class Bench:
         return self.files.compressed_size(store_dir.format(path) for path in paths)
 
     @contextlib.contextmanager
-    def node(self, directory: Path) -> Iterator[Node]:
-        """A node that has nothing yet, at the far end of the link, for the time of the context."""
+    def node(self, directory: Path, options: Sequence[str | Path] = ()) -> Iterator[Node]:
+        """A node that has nothing yet, at the far end of the link, for the time of the context.
+
+        ``options`` are further ones of the daemon.
+        """
         with contextlib.ExitStack() as stack:
             enter = stack.enter_context
             cache = enter(http_cache(self.files, directory / "nginx"))
@@ -182,7 +189,14 @@ class Bench:
                 slow_link({"cache": cache.port}, directory, rate=rate, round_trip=round_trip)
             )
             source = Source([link.url("cache")], [self.key])
-            daemon = enter(fusesnap_daemon(directory / "s", source=source, complete=True))
+            daemon = enter(
+                fusesnap_daemon(
+                    directory / "s",
+                    source=source,
+                    options=[str(each) for each in options],
+                    complete=True,
+                )
+            )
             client = enter(containerd(directory / "c", proxy=daemon.address))
             yield Node(cache, link, daemon, client, directory)
 

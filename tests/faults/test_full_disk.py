@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import subprocess
 import sys
 from collections.abc import Awaitable, Callable, Iterator
@@ -13,6 +12,7 @@ from pathlib import Path
 import pytest
 import trio
 from testbed.bad_caches import BadCaches
+from testbed.disk_usage import taken_by_store
 from testbed.nix_store import CONFIGURATION
 from testbed.processes import run_unchecked
 
@@ -157,20 +157,6 @@ def many_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return publish(tmp_path_factory.mktemp("closures") / "files", *CLOSURES)
 
 
-def taken(node: Node) -> int:
-    """The bytes on disk of everything in the store, on its way or there."""
-    state = node.settings.root
-    found = 0
-    for directory in (state / "layer", state / "staging"):
-        for top, _, files in os.walk(directory):
-            for name in files:
-                try:
-                    found += os.lstat(os.path.join(top, name)).st_blocks * 512  # noqa: PTH118
-                except FileNotFoundError:
-                    continue
-    return found
-
-
 async def watched(measure: Callable[[], int], work: Callable[[], Awaitable[object]]) -> int:
     """The most that ``measure`` said at any look while ``work`` ran."""
     most = 0
@@ -199,7 +185,7 @@ async def test_the_size_limit_holds_at_every_moment_of_a_hundred_starts(
 ) -> None:
     url = f"file://{many_files}"
     async with make_node(url, store={"max-size": LIMIT}) as node:
-        most = await watched(lambda: taken(node), lambda: start_all(node))
+        most = await watched(lambda: taken_by_store(node.settings.root), lambda: start_all(node))
         assert 1_000_000 < most <= LIMIT
         verify(node)
 
