@@ -134,6 +134,11 @@ class ChunkedPath:
         return not (self._runs or self._promised or self._adopting)
 
     @property
+    def is_streamed(self) -> bool:
+        """Whether a stream is bringing what a start reads of it."""
+        return bool(self._promised)
+
+    @property
     def is_empty(self) -> bool:
         """Whether no chunk is here."""
         return self._partial.is_empty

@@ -207,6 +207,11 @@ class Contents:
         if chunked is not None and not chunked.is_foreseen:
             chunked.want([(entry.offset, entry.offset + entry.size)], Priority.REST)
 
+    def is_streamed(self, path: StorePath) -> bool:
+        """Whether a stream is bringing what a start reads of ``path``: then there is nothing to guess at."""
+        chunked = self._chunked.opened(path)
+        return chunked is not None and chunked.is_streamed
+
     async def _by_chunk(self, path: StorePath) -> ChunkedPath | None:
         if self._store.is_committed(path):
             return None

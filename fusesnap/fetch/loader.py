@@ -65,7 +65,7 @@ class Loader:
 
     async def _follow(self, ordinal: int, tree: Tree, index: int) -> None:
         pin = self._store.pin_of(ordinal)
-        if pin is None:
+        if pin is None or self._contents.is_streamed(pin.info.store_path):
             return
         inner = tree.path(index)
         location = self._store.location(pin.info.store_path)

@@ -9,8 +9,10 @@ from fusesnap.errors import DeadlineExceeded, InvalidData, Unavailable
 from fusesnap.fetch.bundle_stream import SILENT
 from fusesnap.fetch.events import BUNDLED, Asked, Landed, Received
 from fusesnap.fetch.flight import Flight
+from fusesnap.fetch.loader import Loader
 from fusesnap.fetch.priority import Priority
 from fusesnap.nix.startup_bundle import MAX_EXTENT_SIZE
+from fusesnap.nix.store_path import StoreDir
 from fusesnap.substituter.memory import MemorySubstituter
 
 from .lazy_node import BIG, OTHER_BIG, TREE, MakeNode, Node, node_with, read, until
@@ -190,6 +192,30 @@ async def test_a_trace_does_not_ask_for_what_is_promised(
     await until(lambda: taking.over)
     await reads_right(node, path, *range(COUNT))
     assert cache.parts == []
+
+
+async def test_while_it_runs_nothing_is_guessed_of_what_a_program_will_load(
+    cache: MemorySubstituter, make_node: MakeNode, nursery: trio.Nursery
+) -> None:
+    path = put(cache, published("lazy", {"big": BIG, "lib.so": b"\x7fELF" + OTHER_BIG}))
+    node = await node_with(make_node, path)
+    bundle = six_extents(path)
+    taking = await begun(node, nursery, bundle, bundle.header_end)
+    tree, pin = path.index.tree, node.store.pinned(path.path)
+    assert pin is not None
+    library = next(i for i, each in enumerate(tree.entries) if each.name == b"lib.so")
+
+    async def opened() -> None:
+        loader = Loader(node.store, StoreDir(), node.contents, nursery)
+        loader.opened(pin.ordinal, tree, library)
+        await wait_all_tasks_blocked(0.05)
+
+    await opened()
+    assert cache.parts == []
+    taking.sender.send()
+    await until(lambda: taking.over)
+    await opened()
+    assert cache.parts  # a program that is started otherwise
 
 
 async def test_wherever_it_breaks_readers_get_the_right_bytes(
