@@ -97,7 +97,9 @@ async def record(
             with rootfs, serving(node, rootfs, mountpoint, waiting, accesses):
                 nursery.start_soon(serve)
                 node.unpackers.start()
-                recording = begin(node, recorder, rootfs, set_readahead(mountpoint))
+                recording = begin(
+                    node, recorder, rootfs, set_readahead(mountpoint, settings.readahead_kib)
+                )
                 nursery.start_soon(draw, node, watch)
                 async with running(command, scratch) as process:
                     ending = await over(process, recorder, waiting, bounds.seconds)
@@ -132,15 +134,16 @@ async def serve() -> None:
     await pyfuse3.main(max_tasks=MAX_TASKS)
 
 
-def set_readahead(mountpoint: Path) -> int:
-    """Have the kernel read only what it is asked for, where we may; says, in bytes, what it reads ahead.
+def set_readahead(mountpoint: Path, kib: int) -> int:
+    """Have the kernel read ahead as it does on a node's lazy mount, where we may; says, in bytes, what it reads ahead.
 
-    The mount itself must not be touched here: we are who answers.
+    What it adds is needed there: a program that wants a page waits for all that the kernel asks for. The mount itself
+    must not be touched here: we are who answers.
     """
     setting = Path(f"/sys/class/bdi/{devices()[mountpoint]}/read_ahead_kb")
     try:
         with suppress(PermissionError):
-            setting.write_text("0\n")
+            setting.write_text(f"{kib}\n")
         return int(setting.read_text()) * 1024
     except OSError:
         return 128 * 1024  # what the kernel begins with (VM_READAHEAD_PAGES)
