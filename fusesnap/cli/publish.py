@@ -16,7 +16,9 @@ from fusesnap.errors import InvalidConfiguration, InvalidData
 if TYPE_CHECKING:
     from fusesnap.config import Settings
     from fusesnap.daemon.publish import Publication
+    from fusesnap.publish.bundles import PublishedBundle
     from fusesnap.publish.check import Checked
+    from fusesnap.publish.check_bundles import CheckedBundle
     from fusesnap.publish.publisher import Published
 
 EPILOG = """\b
@@ -24,6 +26,10 @@ Publish a system's closure from the local Nix store, and look whether all is wel
   nix key generate-secret --key-name cache.example.org-1 > secret
   fusesnap publish --to /srv/cache --secret-key-file secret --closure /nix/store/<hash>-system
   fusesnap publish --check --to /srv/cache --secret-key-file secret
+
+\b
+With what its start reads, so that a node gets that by one request (a trace is recorded by `fusesnap trace record`):
+  fusesnap publish --to /srv/cache --secret-key-file secret --closure --trace start /nix/store/<hash>-redis
 
 Passwords, tokens and certificate authorities of servers are those of --config (keys netrc-file, token-files, ca-file);
 a bucket's are AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY.
@@ -58,7 +64,26 @@ Serve the directory with any web server that answers Range requests. Interrupted
     metavar="FILE",
     help="The key that signs, as `nix key generate-secret` writes it.",
 )
-@click.option("--closure", is_flag=True, help="Publish all that the paths reference, too.")
+@click.option(
+    "--closure",
+    is_flag=True,
+    help="Publish all that the paths reference, too, and a bundle for each path's closure and for that of all: one "
+    "file with its narinfos and indexes.",
+)
+@click.option(
+    "--trace",
+    "traces",
+    multiple=True,
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="A startup trace, as `fusesnap trace export` writes it: the closure's bundle gets what it says is read. "
+    "Several of one closure are merged. Default: the trace that the cache has, else what the bundle there has.",
+)
+@click.option(
+    "--allow-partial",
+    is_flag=True,
+    help="Take a trace that does not have all that its start read.",
+)
 @click.option(
     "--check",
     is_flag=True,
@@ -88,7 +113,9 @@ Serve the directory with any web server that answers Range requests. Interrupted
     show_default=True,
     help="For the nix-cache-info of a new cache; lower is asked first.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print what became of each path as JSON.")
+@click.option(
+    "--json", "as_json", is_flag=True, help="Print what became of each path and bundle as JSON."
+)
 @options.config
 @options.trusted_public_key
 @options.store_dir
@@ -103,6 +130,8 @@ def publish(
     trusted_public_keys: tuple[str, ...],
     store_dir: str | None,
     closure: bool,
+    traces: tuple[Path, ...],
+    allow_partial: bool,
     level: int,
     chunk_size: int,
     jobs: int | None,
@@ -128,8 +157,19 @@ def publish(
         )
     if not paths:
         raise click.UsageError("Missing argument 'PATH...'.")
+    if traces and not closure:
+        raise click.UsageError("--trace needs --closure: what a start reads belongs to a closure.")
     publication = Publication(
-        source, target, paths, closure, level, chunk_size * 1024, jobs or 0, priority
+        source,
+        target,
+        paths,
+        closure,
+        level,
+        chunk_size * 1024,
+        jobs or 0,
+        priority,
+        traces,
+        allow_partial,
     )
     _publish(settings, publication, secret_key_file, as_json=as_json)
 
@@ -144,7 +184,7 @@ def _publish(
 
     key = read_secret_key(key_file)
     with PublishProgress("publishing") as progress:
-        results = trio.run(
+        results, bundles = trio.run(
             publish_paths,
             settings,
             publication,
@@ -153,7 +193,11 @@ def _publish(
             lambda done: progress.advance(done.store_path.name, done.nar_size),
         )
     if as_json:
-        click.echo(json.dumps([_published(result) for result in results], indent=2))
+        said = {
+            "paths": [*map(_published, results)],
+            "bundles": [*map(_published_bundle, bundles)],
+        }
+        click.echo(json.dumps(said, indent=2))
         return
     kept = sum(result.kept for result in results)
     click.echo(
@@ -161,6 +205,12 @@ def _publish(
         f" {sum(r.file_size for r in results)}, indexes {sum(r.index_size for r in results)}:"
         f" {sum(r.uploaded for r in results)} bytes written, {kept} paths were there"
     )
+    for bundle in bundles:
+        there = "was there" if bundle.kept else f"{bundle.uploaded} bytes written"
+        click.echo(
+            f"{bundle.names[-1]}: closure {bundle.closure}, {bundle.paths} paths, {bundle.extents} extents,"
+            f" {bundle.size} bytes: {there}"
+        )
 
 
 def _published(result: Published) -> dict[str, Any]:
@@ -171,6 +221,19 @@ def _published(result: Published) -> dict[str, Any]:
         "fileSize": result.file_size,
         "indexSize": result.index_size,
         "uploaded": result.uploaded,
+    }
+
+
+def _published_bundle(bundle: PublishedBundle) -> dict[str, Any]:
+    return {
+        "names": list(bundle.names),
+        "closure": bundle.closure.hex,
+        "kept": bundle.kept,
+        "paths": bundle.paths,
+        "indexes": bundle.indexes,
+        "extents": bundle.extents,
+        "size": bundle.size,
+        "uploaded": bundle.uploaded,
     }
 
 
@@ -197,7 +260,7 @@ def _check(
             "nothing can be checked without a key: give --trusted-public-key, or --secret-key-file"
         )
     with PublishProgress("checking") as progress:
-        results = trio.run(
+        results, bundles = trio.run(
             check_cache,
             settings,
             target,
@@ -205,19 +268,30 @@ def _check(
             paths,
             lambda done: progress.advance(done.name, done.nar_size),
         )
-    _report(results, as_json=as_json)
+    _report(results, bundles, as_json=as_json)
     bad = sum(bool(result.faults) for result in results)
-    if bad:
-        raise InvalidData(f"{target}: {bad} of {len(results)} paths are not as they must be")
+    bad_bundles = sum(bool(bundle.faults) for bundle in bundles)
+    if bad or bad_bundles:
+        raise InvalidData(
+            f"{target}: {bad} of {len(results)} paths and {bad_bundles} of {len(bundles)} bundles"
+            " are not as they must be"
+        )
 
 
-def _report(results: Sequence[Checked], *, as_json: bool) -> None:
+def _report(results: Sequence[Checked], bundles: Sequence[CheckedBundle], *, as_json: bool) -> None:
     if as_json:
-        click.echo(json.dumps([_checked(result) for result in results], indent=2))
+        said = {
+            "paths": [*map(_checked, results)],
+            "bundles": [*map(_checked_bundle, bundles)],
+        }
+        click.echo(json.dumps(said, indent=2))
         return
     for result in results:
         for fault in result.faults:
             click.echo(f"{result.store_path or result.name}: {fault}")
+    for bundle in bundles:
+        for fault in bundle.faults:
+            click.echo(f"{bundle.name}: {fault}")
     plain = sum(not result.indexed for result in results)
     absent = {path for result in results for path in result.missing}
     sys.stdout.write(
@@ -225,6 +299,9 @@ def _report(results: Sequence[Checked], *, as_json: bool) -> None:
         f" {sum(not result.faults for result in results)} are well, {plain} have no index,"
         f" {len(absent)} paths that they reference are not in this cache\n"
     )
+    if bundles:
+        well = sum(not bundle.faults for bundle in bundles)
+        click.echo(f"{len(bundles)} bundles: {well} are well")
 
 
 def _checked(result: Checked) -> dict[str, Any]:
@@ -235,4 +312,15 @@ def _checked(result: Checked) -> dict[str, Any]:
         "indexed": result.indexed,
         "faults": list(result.faults),
         "missingReferences": [path.base_name for path in result.missing],
+    }
+
+
+def _checked_bundle(bundle: CheckedBundle) -> dict[str, Any]:
+    return {
+        "name": bundle.name,
+        "closure": bundle.closure.hex if bundle.closure else None,
+        "paths": bundle.paths,
+        "extents": bundle.extents,
+        "size": bundle.size,
+        "faults": list(bundle.faults),
     }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
@@ -22,19 +22,27 @@ from fusesnap.daemon.build import (
     open_pool,
     plain_errors,
     secrets,
+    trusted_keys,
 )
 from fusesnap.errors import InvalidConfiguration, InvalidData, StorageFailure
+from fusesnap.nix.closure_digest import ClosureDigest
 from fusesnap.nix.narinfo import NarInfo
 from fusesnap.nix.signature import PublicKey, SecretKey, TrustedKeys
-from fusesnap.nix.store_path import StoreDir
+from fusesnap.nix.startup_trace import StartupTrace
+from fusesnap.nix.store_path import StoreDir, StorePath
+from fusesnap.publish.bundles import Bundler, PublishedBundle
 from fusesnap.publish.check import Checked, Checker
+from fusesnap.publish.check_bundles import DIRECTORY as BUNDLE_DIRECTORY
+from fusesnap.publish.check_bundles import BundleChecker, CheckedBundle
 from fusesnap.publish.chunking import DEFAULT_CHUNK_SIZE
+from fusesnap.publish.closures import BundledClosure, closures_of
 from fusesnap.publish.destination import Destination, DirectoryDestination
 from fusesnap.publish.http_destination import HttpDestination
 from fusesnap.publish.packing import DEFAULT_LEVEL, Compressor, Packer
 from fusesnap.publish.publisher import Published, Publisher
 from fusesnap.publish.s3_destination import S3Destination
 from fusesnap.publish.source import CacheSource, Source, StoreSource, closure_of, infos_of
+from fusesnap.publish.traces import read_traces
 from fusesnap.substituter.answers import narinfo_name
 
 DEFAULT_PRIORITY: Final = 40  # as cache.nixos.org has it
@@ -46,7 +54,8 @@ class Publication:
     """What to publish, and how.
 
     ``source`` is a URL of a cache, or the root directory or state directory of a store; ``target`` a directory or a
-    URL. ``chunk_size`` in bytes; ``jobs`` are threads that compress.
+    URL. ``chunk_size`` in bytes; ``jobs`` are threads that compress. ``traces`` are files; what is missing in one is
+    excused by ``allow_partial``.
     """
 
     source: str
@@ -57,6 +66,8 @@ class Publication:
     chunk_size: int = DEFAULT_CHUNK_SIZE
     jobs: int = 0
     priority: int = DEFAULT_PRIORITY
+    traces: tuple[Path, ...] = ()
+    allow_partial: bool = False
 
 
 def read_secret_key(file: Path) -> SecretKey:
@@ -77,13 +88,14 @@ async def publish_paths(
     key: SecretKey,
     plan: Callable[[Sequence[NarInfo]], None],
     tell: Callable[[Published], None],
-) -> list[Published]:
-    """Publish; ``plan`` is told what there is to do, ``tell`` of each path that is done.
+) -> tuple[list[Published], list[PublishedBundle]]:
+    """Publish, with bundles where it is a closure; ``plan`` is told what there is to do, ``tell`` of each path.
 
     Raises the first error met with; what is done by then stays, and is found by the next run.
     """
     store_dir = StoreDir(settings.store_dir)
-    paths = [store_dir.parse(text) for text in publication.paths]
+    roots = [store_dir.parse(text) for text in publication.paths]
+    traces = await trio.to_thread.run_sync(read_traces, publication.traces)
     with plain_errors():
         async with AsyncExitStack() as stack:
             source = await stack.enter_async_context(_open_source(settings, publication.source))
@@ -97,11 +109,35 @@ async def publish_paths(
             publisher = Publisher(
                 source, destination, packer, key, store_dir, priority=publication.priority
             )
-            find = closure_of if publication.closure else infos_of
-            infos = await find(source, paths)
+            bundler = Bundler(
+                source,
+                destination,
+                key,
+                trusted_keys(settings),
+                store_dir,
+                allow_partial=publication.allow_partial,
+            )
+            if not publication.closure:
+                infos = await infos_of(source, roots)
+                plan(infos)
+                return await publisher.publish(infos, tell), []
+            infos = await closure_of(source, roots)
+            bundler.check(traces, _closures(roots, infos, traces, store_dir))
             plan(infos)
-            return await publisher.publish(infos, tell)
+            published = await publisher.publish(infos, tell)
+            there = [each.narinfo for each in published]
+            closures = _closures(roots, there, traces, store_dir)
+            return published, await bundler.write(closures, traces)
     raise AssertionError("unreachable: a block that raises nothing returned")
+
+
+def _closures(
+    roots: Sequence[StorePath],
+    infos: Iterable[NarInfo],
+    traces: Mapping[ClosureDigest, StartupTrace],
+    store_dir: StoreDir,
+) -> list[BundledClosure]:
+    return closures_of(roots, {info.store_path: info for info in infos}, traces, store_dir)
 
 
 async def check_cache(
@@ -110,19 +146,30 @@ async def check_cache(
     keys: Sequence[PublicKey],
     paths: Sequence[str],
     tell: Callable[[Checked], None],
-) -> list[Checked]:
-    """Check ``paths``, or all that the cache has; raises StorageFailure and Unavailable."""
-    store_dir = StoreDir(settings.store_dir)
-    names: list[str] | None = [narinfo_name(store_dir.parse(text)) for text in paths]
+) -> tuple[list[Checked], list[CheckedBundle]]:
+    """Check ``paths`` and their bundles, or all that the cache has; raises StorageFailure and Unavailable."""
+    store_dir, trusted = StoreDir(settings.store_dir), TrustedKeys(tuple(keys))
+    roots = [store_dir.parse(text) for text in paths]
     with plain_errors():
         async with open_destination(settings, target, make=False) as cache:
-            if not names:
-                listed = await cache.names()
-                names = None if listed is None else list(listed)
-            if names is None:
-                raise InvalidConfiguration(f"{target}: cannot be listed: name the paths to check")
-            return await Checker(cache, TrustedKeys(tuple(keys)), store_dir).check(names, tell)
+            checker = BundleChecker(cache, trusted, store_dir)
+            if roots:
+                names = [narinfo_name(root) for root in roots]
+                bundles = await checker.names_of(roots)
+            else:
+                listed = await _listed(cache, "")
+                names = [name for name in listed if name.endswith(".narinfo")]
+                bundles = await _listed(cache, BUNDLE_DIRECTORY)
+            checked = await Checker(cache, trusted, store_dir).check(names, tell)
+            return checked, await checker.check(bundles)
     raise AssertionError("unreachable: a block that raises nothing returned")
+
+
+async def _listed(cache: Destination, directory: str) -> list[str]:
+    listed = await cache.names(directory)
+    if listed is None:
+        raise InvalidConfiguration(f"{cache.url}: cannot be listed: name the paths to check")
+    return list(listed)
 
 
 @asynccontextmanager

@@ -40,6 +40,7 @@ NAR: Final = Kind("application/x-nix-nar", immutable=True)
 INDEX: Final = Kind("application/x-nix-nar-index", immutable=True)
 LISTING: Final = Kind("application/json", immutable=False)
 NARINFO: Final = Kind("text/x-nix-narinfo", immutable=False)
+BUNDLE: Final = Kind("application/x-nix-startup-bundle", immutable=False)
 CACHE_INFO: Final = Kind("text/x-nix-cache-info", immutable=False)
 
 
@@ -70,8 +71,8 @@ class Destination(Protocol):
     async def put_bytes(self, name: str, data: bytes, kind: Kind) -> None:
         """Put a small file."""
 
-    async def names(self) -> Iterable[str] | None:
-        """The names of all narinfos; None where that cannot be asked."""
+    async def names(self, directory: str = "") -> Iterable[str] | None:
+        """The names of all files in a directory; None where that cannot be asked."""
 
 
 async def read_whole(destination: Destination, name: str, limit: int) -> bytes | None:
@@ -184,9 +185,14 @@ class DirectoryDestination:
             temporary.write_bytes(data)
             self._put(name, temporary)
 
-    async def names(self) -> Iterable[str] | None:
-        return await trio.to_thread.run_sync(self._names)
+    async def names(self, directory: str = "") -> Iterable[str] | None:
+        return await trio.to_thread.run_sync(self._names, directory)
 
-    def _names(self) -> list[str]:
-        with storage("list", self._directory):
-            return sorted(path.name for path in self._directory.glob("*.narinfo"))
+    def _names(self, directory: str) -> list[str]:
+        where = self._directory / directory
+        with storage("list", where), suppress(FileNotFoundError):
+            found = [path for path in where.iterdir() if not path.name.startswith(SPOOL_PREFIX)]
+            return sorted(
+                str(path.relative_to(self._directory)) for path in found if path.is_file()
+            )
+        return []

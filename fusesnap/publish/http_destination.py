@@ -91,7 +91,7 @@ class HttpDestination:
     async def put_bytes(self, name: str, data: bytes, kind: Kind) -> None:
         await self._with_retries(lambda: self._put(name, lambda: data, len(data), kind))
 
-    async def names(self) -> Iterable[str] | None:
+    async def names(self, directory: str = "") -> Iterable[str] | None:
         """HTTP has no way to list."""
         return None
 

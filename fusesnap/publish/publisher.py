@@ -45,16 +45,29 @@ PATHS_AT_ONCE: Final = 8
 class Published:
     """What became of one path.
 
-    ``kept``: it was there. ``nar_size``, ``file_size`` and ``index_size`` in bytes; ``uploaded`` is what was sent of
-    NAR, index and the rest, less than their sum where some of it was there.
+    ``narinfo`` is what the cache says of it now. ``kept``: it was there. ``index_size`` in bytes; ``uploaded`` is what
+    was sent of NAR, index and the rest, less than their sum where some of it was there.
     """
 
-    store_path: StorePath
+    narinfo: NarInfo
     kept: bool
-    nar_size: int
-    file_size: int
     index_size: int
     uploaded: int
+
+    @property
+    def store_path(self) -> StorePath:
+        """The path."""
+        return self.narinfo.store_path
+
+    @property
+    def nar_size(self) -> int:
+        """Bytes of its NAR."""
+        return self.narinfo.nar_size
+
+    @property
+    def file_size(self) -> int:
+        """Bytes of the NAR's file in the cache."""
+        return self.narinfo.file_size or 0
 
 
 class Publisher:
@@ -120,16 +133,13 @@ class Publisher:
                 f"{destination.url}: its store directory is {found}, expected {self._store_dir}"
             )
 
-    async def _prepare(self, info: NarInfo) -> _Prepared:
-        """Put everything of a path but its narinfo."""
+    async def _prepare(self, info: NarInfo) -> Published:
+        """Put everything of a path but its narinfo, which is said to be there."""
         there = await self._narinfo_there(info.store_path)
         if there is not None and self._is_ours(there):
             reference = IndexReference.of(there)
             size = reference.size if reference else 0
-            kept = Published(
-                info.store_path, True, there.nar_size, there.file_size or 0, size, uploaded=0
-            )
-            return _Prepared(kept, None)
+            return Published(there, kept=True, index_size=size, uploaded=0)
         if there is not None and there.nar_hash != info.nar_hash:
             raise ContentMismatch(
                 f"{self._destination.url}: {info.store_path} is there with the NAR {there.nar_hash},"
@@ -154,7 +164,7 @@ class Publisher:
         key, fingerprint = self._key.public_key(), info.fingerprint()
         return any(key.verify(fingerprint, signature) for signature in info.signatures)
 
-    async def _pack(self, info: NarInfo, signatures: Iterable[Signature]) -> _Prepared:
+    async def _pack(self, info: NarInfo, signatures: Iterable[Signature]) -> Published:
         destination = self._destination
         with spooled(destination.spool) as spool:
             packed = await trio.to_thread.run_sync(self._pack_into, info, spool)
@@ -174,10 +184,7 @@ class Publisher:
         uploaded += await self._put_listing(info.store_path, packed)
         reference = IndexReference(index_name, len(data), self._key.name)
         narinfo = self._narinfo(info, packed, nar_name, signatures)
-        published = Published(
-            info.store_path, False, packed.nar_size, packed.file_size, len(data), uploaded
-        )
-        return _Prepared(published, reference.added_to(narinfo))
+        return Published(reference.added_to(narinfo), False, len(data), uploaded)
 
     def _pack_into(self, info: NarInfo, spool: Path) -> PackedNar:
         parts = [info.store_path.hash_part, *(path.hash_part for path in info.references)]
@@ -215,21 +222,13 @@ class Publisher:
         every = dict.fromkeys((*info.signatures, *signatures, ours))
         return replace(unsigned, signatures=tuple(every))
 
-    async def _finish(self, prepared: _Prepared) -> Published:
-        if prepared.narinfo is None:
-            return prepared.published
+    async def _finish(self, prepared: Published) -> Published:
+        """Put the narinfo, which alone is missing in the cache."""
+        if prepared.kept:
+            return prepared
         data = prepared.narinfo.to_text().encode()
-        name = narinfo_name(prepared.published.store_path)
-        await self._destination.put_bytes(name, data, NARINFO)
-        return replace(prepared.published, uploaded=prepared.published.uploaded + len(data))
-
-
-@dataclass(frozen=True, slots=True)
-class _Prepared:
-    """A path of which only the narinfo is missing in the cache; None where that is there too."""
-
-    published: Published
-    narinfo: NarInfo | None
+        await self._destination.put_bytes(narinfo_name(prepared.store_path), data, NARINFO)
+        return replace(prepared, uploaded=prepared.uploaded + len(data))
 
 
 def _sha256(data: bytes) -> Hash:

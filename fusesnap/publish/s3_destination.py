@@ -115,15 +115,13 @@ class S3Destination:
     async def put_bytes(self, name: str, data: bytes, kind: Kind) -> None:
         await self._put(name, data, kind)
 
-    async def names(self) -> Iterable[str] | None:
-        return await trio.to_thread.run_sync(self._names)
+    async def names(self, directory: str = "") -> Iterable[str] | None:
+        return await trio.to_thread.run_sync(self._names, directory)
 
-    def _names(self) -> list[str]:
-        with self._translated(""):
-            listed = self._obstore.list_with_delimiter(self._store)["objects"]
-            return sorted(
-                str(found["path"]) for found in listed if str(found["path"]).endswith(".narinfo")
-            )
+    def _names(self, directory: str) -> list[str]:
+        with self._translated(directory):
+            listed = self._obstore.list_with_delimiter(self._store, directory or None)["objects"]
+            return sorted(str(found["path"]) for found in listed)
 
     async def _put(self, name: str, content: bytes | Path, kind: Kind) -> None:
         attributes = {"Content-Type": kind.media_type, "Cache-Control": kind.cache_control}

@@ -53,11 +53,14 @@ def test_a_cache_is_published_again_from_itself_and_checked(
     done = publish("--from", url, *options, *trusted, "--closure", "--json", simple.root)
     assert done.returncode == 0, done.stderr
     results = json.loads(done.stdout)
-    assert {f"/nix/store/{result['path']}" for result in results} == set(simple.closure.paths)
+    assert {f"/nix/store/{each['path']}" for each in results["paths"]} == set(simple.closure.paths)
+    (bundle,) = results["bundles"]
+    assert (second / bundle["names"][0]).read_bytes() == (second / bundle["names"][1]).read_bytes()
     checked = publish("--check", "--to", second, *trusted)
     count = len(simple.closure.paths)
     assert checked.returncode == 0, checked.stdout
     assert f"{count} are well, 0 have no index, 0 paths that they reference" in checked.stdout
+    assert "2 bundles: 2 are well" in checked.stdout
 
 
 def test_a_damaged_cache_is_told(
@@ -81,6 +84,8 @@ def test_a_damaged_cache_is_told(
         (["--to", "x"], 2, "Missing option '--secret-key-file'"),
         (["--check", "--to", "x"], 78, "nothing can be checked without a key"),
         (["--to", "x", "--secret-key-file", "KEY"], 2, "Missing argument 'PATH...'"),
+        (["--to", "x", "--secret-key-file", "KEY", "--trace", "BAD", "ROOT"], 2, "--trace needs --closure"),
+        (["--to", "x", "--secret-key-file", "KEY", "--closure", "--trace", "BAD", "ROOT"], 65, "bad-key: "),
         (["--to", "ftp://x", "--secret-key-file", "KEY", "/nix/store/x"], 65, "is not a store path"),
         (["--to", "ftp://x", "--secret-key-file", "KEY", "--from", "STORE", "ROOT"], 78, "scheme is 'ftp'"),
         (["--to", "x", "--secret-key-file", "BAD", "ROOT"], 65, "bad-key: secret key is not"),

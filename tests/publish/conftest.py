@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -9,16 +10,21 @@ from pathlib import Path
 
 import httpx
 import pytest
+from testbed.processes import free_port, listens, running
 
 from fusesnap.nix.store_path import StoreDir
 from fusesnap.publish.destination import Destination, DirectoryDestination
+from fusesnap.publish.http_destination import HttpDestination
 from fusesnap.publish.packing import Compressor, Packer
 from fusesnap.publish.publisher import Publisher
+from fusesnap.publish.s3_destination import S3Destination
 from fusesnap.publish.source import StoreSource
 from fusesnap.store.local_store import LocalStore
+from fusesnap.substituter.retry import RetryPolicy
 
 from ..store.conftest import Tree, commit_path, make_path, path_named
 from ..substituter.samples import KEY
+from .s3_server import ACCESS_KEY, SECRET_KEY, Bucket, s3_server
 
 CHUNK = 4096
 LARGE = random.Random(1).randbytes(5 * CHUNK + 77)  # noqa: S311 - not for secrets
@@ -85,3 +91,68 @@ def make_publisher(source: StoreSource, packer: Packer) -> Callable[[Destination
 async def client() -> AsyncIterator[httpx.AsyncClient]:
     async with httpx.AsyncClient() as opened:
         yield opened
+
+
+NGINX = """\
+{user} daemon off; worker_processes 1; pid {work}/nginx.pid; error_log stderr warn;
+events {{ worker_connections 64; }}
+http {{
+    access_log off; client_body_temp_path {work}/body; proxy_temp_path {work}/p;
+    fastcgi_temp_path {work}/f; uwsgi_temp_path {work}/u; scgi_temp_path {work}/s;
+    server {{
+        listen 127.0.0.1:{port}; root {work}/root; client_max_body_size 0;
+        location / {{ dav_methods PUT; create_full_put_path on; dav_access user:rw group:r all:r; }}
+        location /forbidden/ {{ return 403; }}
+        location /locked/ {{ auth_basic x; auth_basic_user_file {work}/passwords; dav_methods PUT;
+                            create_full_put_path on; }}
+    }}
+}}
+"""
+
+
+async def no_wait(seconds: float) -> None:
+    """Try again at once."""
+
+
+RETRY = RetryPolicy(sleep=no_wait)
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """nginx's URL."""
+    work = tmp_path_factory.mktemp("nginx")
+    (work / "root").mkdir()
+    (work / "passwords").write_text("me:{PLAIN}secret\n")
+    port = free_port()
+    user = "user root;" if os.geteuid() == 0 else ""
+    (work / "nginx.conf").write_text(NGINX.format(work=work, port=port, user=user))
+    command: list[str | Path] = ["nginx", "-p", work, "-c", work / "nginx.conf", "-e", "stderr"]
+    with running(command, log=work / "log") as service:
+        service.wait_until(lambda: listens(port))
+        yield f"http://127.0.0.1:{port}"
+
+
+@pytest.fixture
+def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[Bucket]:
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", ACCESS_KEY)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET_KEY)
+    with s3_server() as served:
+        yield served
+
+
+@pytest.fixture(params=["directory", "http", "s3"])
+def each(
+    request: pytest.FixtureRequest,
+    tmp_path: Path,
+    client: httpx.AsyncClient,
+    server: str,
+    bucket: Bucket,
+) -> Destination:
+    spool = tmp_path / "spool"
+    spool.mkdir()
+    made: dict[str, Callable[[], Destination]] = {
+        "directory": lambda: DirectoryDestination(tmp_path / "cache"),
+        "http": lambda: HttpDestination(f"{server}/{tmp_path.name}", client, spool, retry=RETRY),
+        "s3": lambda: S3Destination(bucket.url, spool),
+    }
+    return made[request.param]()

@@ -48,7 +48,8 @@ async def check(cache: Path, keys: TrustedKeys = TRUSTED) -> dict[str, Checked]:
     destination = DirectoryDestination(cache)
     names = await destination.names()
     assert names is not None
-    results = await Checker(destination, keys, StoreDir()).check(names)
+    narinfos = [name for name in names if name.endswith(".narinfo")]
+    results = await Checker(destination, keys, StoreDir()).check(narinfos)
     return {result.name: result for result in results}
 
 

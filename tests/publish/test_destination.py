@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import httpx
 import pytest
-from testbed.processes import free_port, listens, running
+from testbed.processes import free_port
 
 from fusesnap.errors import (
     FusesnapError,
@@ -20,6 +19,7 @@ from fusesnap.errors import (
     Unavailable,
 )
 from fusesnap.publish.destination import (
+    BUNDLE,
     NAR,
     NARINFO,
     PIECE,
@@ -33,71 +33,8 @@ from fusesnap.publish.http_destination import HttpDestination
 from fusesnap.publish.s3_destination import S3Address, S3Destination
 from fusesnap.substituter.retry import Refusal, RetryPolicy
 
-from .s3_server import ACCESS_KEY, BUCKET, SECRET_KEY, Bucket, s3_server
-
-NGINX = """\
-{user} daemon off; worker_processes 1; pid {work}/nginx.pid; error_log stderr warn;
-events {{ worker_connections 64; }}
-http {{
-    access_log off; client_body_temp_path {work}/body; proxy_temp_path {work}/p;
-    fastcgi_temp_path {work}/f; uwsgi_temp_path {work}/u; scgi_temp_path {work}/s;
-    server {{
-        listen 127.0.0.1:{port}; root {work}/root; client_max_body_size 0;
-        location / {{ dav_methods PUT; create_full_put_path on; dav_access user:rw group:r all:r; }}
-        location /forbidden/ {{ return 403; }}
-        location /locked/ {{ auth_basic x; auth_basic_user_file {work}/passwords; dav_methods PUT;
-                            create_full_put_path on; }}
-    }}
-}}
-"""
-
-
-async def no_wait(seconds: float) -> None:
-    """Try again at once."""
-
-
-RETRY = RetryPolicy(sleep=no_wait)
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """nginx's URL."""
-    work = tmp_path_factory.mktemp("nginx")
-    (work / "root").mkdir()
-    (work / "passwords").write_text("me:{PLAIN}secret\n")
-    port = free_port()
-    user = "user root;" if os.geteuid() == 0 else ""
-    (work / "nginx.conf").write_text(NGINX.format(work=work, port=port, user=user))
-    command: list[str | Path] = ["nginx", "-p", work, "-c", work / "nginx.conf", "-e", "stderr"]
-    with running(command, log=work / "log") as service:
-        service.wait_until(lambda: listens(port))
-        yield f"http://127.0.0.1:{port}"
-
-
-@pytest.fixture
-def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[Bucket]:
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", ACCESS_KEY)
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET_KEY)
-    with s3_server() as served:
-        yield served
-
-
-@pytest.fixture(params=["directory", "http", "s3"])
-def each(
-    request: pytest.FixtureRequest,
-    tmp_path: Path,
-    client: httpx.AsyncClient,
-    server: str,
-    bucket: Bucket,
-) -> Destination:
-    spool = tmp_path / "spool"
-    spool.mkdir()
-    made: dict[str, Callable[[], Destination]] = {
-        "directory": lambda: DirectoryDestination(tmp_path / "cache"),
-        "http": lambda: HttpDestination(f"{server}/{tmp_path.name}", client, spool, retry=RETRY),
-        "s3": lambda: S3Destination(bucket.url, spool),
-    }
-    return made[request.param]()
+from .conftest import RETRY
+from .s3_server import BUCKET, Bucket
 
 
 async def test_what_is_put_is_read(each: Destination) -> None:
@@ -126,17 +63,15 @@ async def test_a_small_file_that_is_large_is_not_read_whole(each: Destination) -
         await read_whole(each, "x.narinfo", 99)
 
 
-async def test_narinfos_are_listed_where_they_can_be(each: Destination) -> None:
+async def test_the_files_of_a_directory_are_listed_where_they_can_be(each: Destination) -> None:
     await each.put_bytes("b.narinfo", b"", NARINFO)
     await each.put_bytes("a.narinfo", b"", NARINFO)
-    await each.put_bytes("a.ls", b"", NARINFO)
-    await each.put_bytes("nar/c.narinfo", b"", NARINFO)
-    names = await each.names()
+    await each.put_bytes("nar/c.nar.zst", b"", NAR)
+    listed = [await each.names(), await each.names("nar"), await each.names("none")]
     if isinstance(each, HttpDestination):
-        assert names is None
+        assert listed == [None, None, None]
     else:
-        assert names is not None
-        assert list(names) == ["a.narinfo", "b.narinfo"]
+        assert listed == [["a.narinfo", "b.narinfo"], ["nar/c.nar.zst"], []]
 
 
 async def test_objects_say_how_long_they_last(bucket: Bucket, tmp_path: Path) -> None:
@@ -144,6 +79,7 @@ async def test_objects_say_how_long_they_last(bucket: Bucket, tmp_path: Path) ->
     assert destination.url == f"s3://{BUCKET}/cache"
     await destination.put_bytes("nar/x", b"1", NAR)
     await destination.put_bytes("x.narinfo", b"2", NARINFO)
+    await destination.put_bytes("bundle/x", b"3", BUNDLE)
     assert {key: headers for key, (_, headers) in bucket.objects.items()} == {
         "cache/nar/x": {
             "Content-Type": "application/x-nix-nar",
@@ -151,6 +87,10 @@ async def test_objects_say_how_long_they_last(bucket: Bucket, tmp_path: Path) ->
         },
         "cache/x.narinfo": {
             "Content-Type": "text/x-nix-narinfo",
+            "Cache-Control": "public, max-age=300",
+        },
+        "cache/bundle/x": {
+            "Content-Type": "application/x-nix-startup-bundle",
             "Cache-Control": "public, max-age=300",
         },
     }

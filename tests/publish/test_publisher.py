@@ -71,8 +71,8 @@ class Watched:
         await self._inner.put_bytes(name, data, kind)
         self._look()
 
-    async def names(self) -> Iterable[str] | None:
-        return await self._inner.names()
+    async def names(self, directory: str = "") -> Iterable[str] | None:
+        return await self._inner.names(directory)
 
     def _step(self, name: str) -> None:
         if self._left == 0:
