@@ -266,11 +266,10 @@ class ChunkedPath:
         self, start: int, end: int, watch: Callable[[Flight], None], priority: Priority
     ) -> None:
         while not self._closed and (gaps := self._partial.gaps(start, end)):
-            numbers, wanted = self._numbers(gaps), self._numbers(self._promised.without(gaps))
-            if not wanted and not self._coming.keys() & set(numbers):
-                await self._promised.wait(gaps, watch, self._stall)
+            wanted = self._numbers(self._promised.without(gaps))
+            if not wanted:  # a chunk with them may be on its way, and wakes those who wait, too
+                await self._promised.wait(gaps, watch, priority, self._stall)
                 continue
-            wanted = sorted({*wanted, *(self._coming.keys() & set(numbers))})
             self._ask(wanted, priority)
             if self._flight is not None:
                 watch(self._flight)

@@ -9,6 +9,7 @@ from typing import Protocol
 import trio
 
 from fusesnap.fetch.flight import Flight
+from fusesnap.fetch.priority import Priority
 from fusesnap.store.byte_ranges import ByteRanges
 
 
@@ -72,16 +73,23 @@ class Promised:
         return left
 
     async def wait(
-        self, gaps: Sequence[tuple[int, int]], watch: Callable[[Flight], None], stall: float
+        self,
+        gaps: Sequence[tuple[int, int]],
+        watch: Callable[[Flight], None],
+        priority: Priority,
+        stall: float,
     ) -> None:
         """Return when something came, or nothing more will; ``gaps`` are promised.
 
-        ``watch`` is told what is waited for. A stream that brings nothing of this NAR for ``stall`` seconds, while
-        it may, is given up.
+        ``watch`` is told what is waited for. Only for readers the stream becomes more urgent; and one that brings
+        nothing of this NAR for ``stall`` seconds, while it may, is given up for them.
         """
         by = next(by for by, (_, has) in self._by.items() if list(has.gaps(*gaps[0])) != [gaps[0]])
         watch(self._by[by][0])
         changed = self._changed
+        if priority is not Priority.READER:
+            await changed.wait()
+            return
         with by.awaited():
             with trio.move_on_after(stall):
                 await changed.wait()

@@ -357,6 +357,34 @@ async def test_what_extents_have_completion_does_not_fetch(
     assert await read(node, path, b"big", 0, len(BIG)) == BIG
 
 
+async def test_completion_waits_and_nobody_makes_it_urgent(
+    cache: MemorySubstituter, make_node: MakeNode, nursery: trio.Nursery
+) -> None:
+    """Completion asks for chunks in which there are promised bytes; those who read these wait for the stream alone."""
+    path = put(cache, published("lazy", TREE))
+    node = await node_with(make_node, path)
+    few = [(path, b"other", 0, EXTENT), (path, b"other", 2 * EXTENT, 5 * CHUNK + 10)]
+    bundle = bundled(*few, *((path, b"big", number * EXTENT, EXTENT) for number in range(COUNT)))
+    taking = await begun(node, nursery, bundle, bundle.ends[0])
+    node.realiser.request([path.path], Priority.COMPLETION)
+    await wait_all_tasks_blocked(0.05)
+    assert any(each.priority is Priority.COMPLETION for each in node.realiser.flights())
+    assert priority_of(taking) is Priority.TRACE
+    found: list[bytes] = []
+
+    async def wait() -> None:
+        found.append(await read(node, path, b"other", 2 * EXTENT + 5 * CHUNK, 10))
+
+    async with trio.open_nursery() as readers:
+        readers.start_soon(wait)
+        await until(lambda: priority_of(taking) is Priority.READER)
+        await wait_all_tasks_blocked(0.05)
+        assert cache.parts == []
+        taking.sender.send()
+    assert found == [OTHER_BIG[2 * EXTENT + 5 * CHUNK :][:10]]
+    await until(lambda: node.store.is_committed(path.path))
+
+
 async def test_a_path_that_is_committed_meanwhile_is_left_alone(
     cache: MemorySubstituter, make_node: MakeNode, nursery: trio.Nursery
 ) -> None:
