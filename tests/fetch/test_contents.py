@@ -242,6 +242,7 @@ async def test_a_path_that_nobody_reads_is_closed_and_collected_and_read_again(
     assert node.partials.paths() == {path.path}  # open
     chunked = await node.chunked.find(path.path)
     assert chunked is not None
+    await until(lambda: chunked.is_idle)  # what is behind those bytes comes too
     chunked.used -= UNUSED
     node.contents.close_unused()
     node.store.roots.keep([path.path])
