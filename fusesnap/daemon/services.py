@@ -29,6 +29,7 @@ from fusesnap.daemon.preload import Preload
 from fusesnap.daemon.signals import stop_on_signal
 from fusesnap.daemon.telemetry.exposition import serve_metrics
 from fusesnap.daemon.telemetry.picture import gather
+from fusesnap.daemon.telemetry.prompt_snapshots import ObservedPrompt
 from fusesnap.daemon.telemetry.reports import StartReports
 from fusesnap.daemon.telemetry.snapshots import ObservedSnapshots
 from fusesnap.daemon.traces import HintedStarts
@@ -82,7 +83,9 @@ async def run(settings: Settings, ready: int) -> None:
                 image_service(images, containerd),
             ]
             observed = observe(node, snapshotter, nursery)
-            await nursery.start(partial(serve, observed, settings.socket.absolute(), also=also))
+            prompt = ObservedPrompt(snapshotter.prompt, observed, time.time, time.monotonic)
+            serving = partial(serve, observed, settings.socket.absolute(), also=also, prompt=prompt)
+            await nursery.start(serving)
             os.write(ready, b"ready\n")
             os.close(ready)
             await snapshotter.remove_leftovers()

@@ -19,7 +19,7 @@ from fusesnap.errors import InvalidConfiguration, StorageFailure
 from fusesnap.services.api import snapshots_pb2_grpc
 from fusesnap.services.calls import Calls
 from fusesnap.services.snapshots_service import SnapshotsService
-from fusesnap.snapshots.interface import Snapshots
+from fusesnap.snapshots.interface import PromptSnapshots, Snapshots
 from fusesnap.store.storage_errors import storage
 
 log = logging.getLogger(__name__)
@@ -42,12 +42,13 @@ async def serve(
     address: Path,
     *,
     also: Sequence[Registration] = (),
+    prompt: PromptSnapshots | None = None,
     grace: float = GRACE,
     task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Serve on the unix socket ``address`` until cancelled; started once clients can connect.
 
-    ``also`` registers further services on the same socket.
+    ``also`` registers further services on the same socket. ``prompt`` is asked first, in the thread of the call.
 
     A socket that is there, alive or not, is taken over in one step, so that clients always find one. Cancelled, this
     takes no more calls, gives those under way ``grace`` seconds to end, and then cancels them. Raises
@@ -61,7 +62,7 @@ async def serve(
             under_way = trio.CancelScope(shield=True)
             calls: Calls = await nursery.start(_hold_calls, under_way)
             try:
-                service = SnapshotsService(snapshotter, calls)
+                service = SnapshotsService(snapshotter, calls, prompt)
                 snapshots_pb2_grpc.add_SnapshotsServicer_to_server(service, server)
                 for register in also:
                     register(server, calls)

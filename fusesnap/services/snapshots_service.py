@@ -10,10 +10,11 @@ import grpc
 from google.protobuf.empty_pb2 import Empty
 from google.protobuf.timestamp_pb2 import Timestamp
 
+from fusesnap.errors import FusesnapError
 from fusesnap.services.api import mount_pb2, snapshots_pb2, snapshots_pb2_grpc
 from fusesnap.services.calls import Calls
 from fusesnap.services.filters import FieldPath, Fields, any_matches, parse_filter
-from fusesnap.snapshots.interface import Info, Kind, Mount, Snapshots
+from fusesnap.snapshots.interface import Info, Kind, Mount, PromptSnapshots, Snapshots
 
 T = TypeVar("T")
 Context = grpc.ServicerContext
@@ -32,19 +33,22 @@ _LABELS: Final = "labels"
 
 
 class SnapshotsService(snapshots_pb2_grpc.SnapshotsServicer):
-    """Each method is one call, on a thread of grpcio's."""
+    """Each method is one call, on a thread of grpcio's. ``prompt``, if there is one, is asked first."""
 
-    def __init__(self, snapshotter: Snapshots, calls: Calls) -> None:
+    def __init__(
+        self, snapshotter: Snapshots, calls: Calls, prompt: PromptSnapshots | None = None
+    ) -> None:
         self._snapshotter = snapshotter
         self._calls = calls
+        self._prompt = prompt
 
     def Prepare(
         self, request: snapshots_pb2.PrepareSnapshotRequest, context: Context
     ) -> snapshots_pb2.PrepareSnapshotResponse:
-        mounts = self._run(
-            lambda: self._snapshotter.prepare(request.key, request.parent, dict(request.labels)),
-            context,
-        )
+        given = request.key, request.parent, dict(request.labels)
+        mounts = self._promptly(lambda prompt: prompt.prepare(*given))
+        if mounts is None:
+            mounts = self._run(lambda: self._snapshotter.prepare(*given), context)
         return snapshots_pb2.PrepareSnapshotResponse(mounts=map(_mount, mounts))
 
     def View(
@@ -59,7 +63,9 @@ class SnapshotsService(snapshots_pb2_grpc.SnapshotsServicer):
     def Mounts(
         self, request: snapshots_pb2.MountsRequest, context: Context
     ) -> snapshots_pb2.MountsResponse:
-        mounts = self._run(lambda: self._snapshotter.mounts(request.key), context)
+        mounts = self._promptly(lambda prompt: prompt.mounts(request.key))
+        if mounts is None:
+            mounts = self._run(lambda: self._snapshotter.mounts(request.key), context)
         return snapshots_pb2.MountsResponse(mounts=map(_mount, mounts))
 
     def Commit(self, request: snapshots_pb2.CommitSnapshotRequest, context: Context) -> Empty:
@@ -78,7 +84,9 @@ class SnapshotsService(snapshots_pb2_grpc.SnapshotsServicer):
     def Stat(
         self, request: snapshots_pb2.StatSnapshotRequest, context: Context
     ) -> snapshots_pb2.StatSnapshotResponse:
-        info = self._run(lambda: self._snapshotter.stat(request.key), context)
+        info = self._promptly(lambda prompt: prompt.stat(request.key))
+        if info is None:
+            info = self._run(lambda: self._snapshotter.stat(request.key), context)
         return snapshots_pb2.StatSnapshotResponse(info=_info(info))
 
     def Update(
@@ -111,6 +119,16 @@ class SnapshotsService(snapshots_pb2_grpc.SnapshotsServicer):
     ) -> Empty:
         self._run(self._snapshotter.cleanup, context)
         return Empty()
+
+    def _promptly(self, ask: Callable[[PromptSnapshots], T | None]) -> T | None:
+        if self._prompt is None:
+            return None
+        try:
+            return ask(self._prompt)
+        except (
+            FusesnapError
+        ):  # the whole way meets it again, and tells it, or makes room on a full disk
+            return None
 
     def _run(self, function: Callable[[], Awaitable[T]], context: Context) -> T:
         return self._calls.run(function, context)

@@ -156,6 +156,25 @@ class Snapshots(Protocol):
         ...
 
 
+class PromptSnapshots(Protocol):
+    """What a snapshotter can answer without waiting for anybody. Its methods block, shortly, and are called in threads.
+
+    ``None``, and any error, says that the same call of :class:`Snapshots` is to be made: nothing has been done.
+    """
+
+    def stat(self, key: str) -> Info | None:
+        """See :class:`Snapshots`."""
+        ...
+
+    def mounts(self, key: str) -> Sequence[Mount] | None:
+        """See :class:`Snapshots`."""
+        ...
+
+    def prepare(self, key: str, parent: str, labels: Mapping[str, str]) -> Sequence[Mount] | None:
+        """See :class:`Snapshots`."""
+        ...
+
+
 class CommittedStore(Protocol):
     """The part of the local store that a snapshotter looks at. Its methods are called in threads."""
 

@@ -103,6 +103,10 @@ class NixLayers:
         hidden = found.hidden | (found.added_to - completed)
         return NixFacts(_with_doubts(found.paths, sizes), Overridden(hidden, completed))
 
+    def is_silent(self, labels: Mapping[str, str]) -> bool:
+        """Whether labels name no store paths. Raises ``InvalidData`` for labels that cannot be used."""
+        return parse_nix_labels(labels, self._store_dir) is None
+
     async def ensure_admitted(self, paths: Iterable[StorePath]) -> Mapping[StorePath, int]:
         """Have every path admitted that is not committed; returns their NARs' sizes. Raises as ``PathSource.admit``."""
         missing = await self.missing(paths)

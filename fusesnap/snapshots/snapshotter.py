@@ -7,7 +7,6 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Final
 
 import trio
 
@@ -43,6 +42,7 @@ from fusesnap.snapshots.mountinfo import OverlayMount, overlay_mounts
 from fusesnap.snapshots.nix_layer import NixLayers
 from fusesnap.snapshots.overlay import OverlayOptions
 from fusesnap.snapshots.owners import Owners, is_shifting
+from fusesnap.snapshots.prompt import PromptAnswers, shows_store
 from fusesnap.snapshots.records import NOTHING_NIX, Chain, Generation, NixFacts, Snapshot
 from fusesnap.snapshots.snapshot_roots import SnapshotRoots
 from fusesnap.snapshots.start_hints import StartHints
@@ -51,9 +51,6 @@ from fusesnap.snapshots.usage import directories_usage, disk_usage
 from fusesnap.snapshots.views import Plan, Views
 
 log = logging.getLogger(__name__)
-
-# Keys under which containerd unpacks layers: "<namespace>/<n>/extract-<unique> <chain id>".
-UNPACK_PREFIX: Final = "extract-"
 
 
 class Snapshotter(Snapshots):
@@ -105,6 +102,9 @@ class Snapshotter(Snapshots):
         self._answers = Answers(self._directories, farms, store, views, self._idmapped, options)
         self._foresight = Foresight(metastore, views, farms, self._answers.image_layers)
         self._nursery = nursery
+        self.prompt = PromptAnswers(
+            metastore, farms, self._answers, self._nix, self._insert_plainly
+        )
 
     async def recover(self) -> None:
         """Look at what an earlier life has left. To be called once, before any other call but :meth:`remove_leftovers`.
@@ -215,7 +215,7 @@ class Snapshotter(Snapshots):
 
         snapshot, chain, owners, answered = await trio.to_thread.run_sync(read)
         generation = None
-        if _shows_store(key, chain):
+        if shows_store(key, chain):
             generation = await trio.to_thread.run_sync(self._standing, snapshot, answered)
             if generation is not None:
                 await trio.to_thread.run_sync(self._idmap, snapshot.id, owners, generation)
@@ -299,7 +299,7 @@ class Snapshotter(Snapshots):
         if kind is Kind.ACTIVE:
             await self._nix.labelled(labels)
         plan, clones = None, None
-        if _shows_store(key, chain):
+        if shows_store(key, chain):
             plan, clones = await self._answers.plan(chain, owners)
         with clones or nullcontext():
             id_ = await trio.to_thread.run_sync(
@@ -334,6 +334,17 @@ class Snapshotter(Snapshots):
             if clones is not None:
                 self._idmapped.attach(id_, clones)
         return id_
+
+    def _insert_plainly(
+        self,
+        key: str,
+        parent: str,
+        labels: Mapping[str, str],
+        chain: Chain,
+        owners: Owners,
+        plan: Plan | None,
+    ) -> int:
+        return self._insert(Kind.ACTIVE, key, parent, labels, chain, owners, plan, None)
 
     def _answer_with(
         self, snapshot: Snapshot, chain: Chain, plan: Plan, clones: Clones | None
@@ -472,15 +483,6 @@ def _same_parent(transaction: Transaction, parent: str, chain: Chain) -> int | N
     if found.id != chain.layers[0].id:
         raise Unavailable(f"parent snapshot {parent!r} was removed and made anew meanwhile")
     return found.id
-
-
-def _shows_store(key: str, chain: Chain) -> bool:
-    """Whether a snapshot's mounts have the store above the image.
-
-    A layer being unpacked goes onto plain layers, and what is rewritten for a user namespace are plain layers.
-    """
-    plain = key.rpartition("/")[2].startswith(UNPACK_PREFIX) or is_shifting(key)
-    return bool(chain.paths) and not plain
 
 
 def _most_fuse(answered: Sequence[Generation]) -> Generation:

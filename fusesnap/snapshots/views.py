@@ -131,6 +131,14 @@ class Views:
             self._source.prefetch(plan.wanted)
         return plan
 
+    def known(self, chain: Chain) -> Plan | None:
+        """The last view of a chain, if nothing has come or gone since. Blocks for two looks at directories."""
+        known = self._remembered.get(chain.id)
+        if known is None or known.seen is None or known.plan.wanted:
+            return None
+        there = self._farms.are_there(known.plan.generation.farms)
+        return known.plan if there and known.seen == self._look() else None
+
     async def _plan(self, chain: Chain, image_layers: Sequence[Path], *, complete: bool) -> Plan:
         began = next(self._moments)
         plan, seen, missing = await trio.to_thread.run_sync(self._compare, chain, began)

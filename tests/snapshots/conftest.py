@@ -13,7 +13,7 @@ import subprocess
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 import trio
@@ -24,7 +24,7 @@ from fusesnap.nix.hash import nix32_encode
 from fusesnap.nix.store_path import StoreDir, StorePath
 from fusesnap.nix.tree import STORE_MTIME_NS
 from fusesnap.snapshots.farms import Farms
-from fusesnap.snapshots.interface import Mount
+from fusesnap.snapshots.interface import Info, Mount
 from fusesnap.snapshots.metastore import Metastore
 from fusesnap.snapshots.overlay import OverlayOptions
 from fusesnap.snapshots.snapshotter import Snapshotter
@@ -35,6 +35,7 @@ from fusesnap.store.temporary_roots import TemporaryRoots
 settings.register_profile("deterministic", deadline=None, derandomize=True, database=None)
 settings.load_profile("deterministic")
 
+T = TypeVar("T")
 Tree = Any  # recursive, see above
 
 NOW = 1_700_000_000.0
@@ -222,6 +223,26 @@ class HeardStarts:
         self.heard.append(("ended", key))
 
 
+class PromptFirst(Snapshotter):
+    """Asks for prompt answers first, as the service does."""
+
+    async def stat(self, key: str) -> Info:
+        return await self._ask(self.prompt.stat, key) or await super().stat(key)
+
+    async def mounts(self, key: str) -> Sequence[Mount]:
+        return await self._ask(self.prompt.mounts, key) or await super().mounts(key)
+
+    async def prepare(self, key: str, parent: str, labels: Mapping[str, str]) -> Sequence[Mount]:
+        prompt = await self._ask(self.prompt.prepare, key, parent, labels)
+        return prompt or await super().prepare(key, parent, labels)
+
+    async def _ask(self, call: Callable[..., T | None], *arguments: object) -> T | None:
+        try:
+            return await trio.to_thread.run_sync(call, *arguments)
+        except FusesnapError:
+            return None
+
+
 class Bench:
     """A snapshotter with all that belongs to it."""
 
@@ -234,6 +255,7 @@ class Bench:
         self.now = NOW
         self.released: list[str] = []
         self.starts = HeardStarts()
+        self.kind: type[Snapshotter] = Snapshotter
         self.snapshotter = self.open()
 
     def open(
@@ -241,7 +263,7 @@ class Bench:
     ) -> Snapshotter:
         """A snapshotter on this state, as after a restart."""
         self.metastore = Metastore(self.state / "snapshots.sqlite")
-        self.snapshotter = Snapshotter(
+        self.snapshotter = self.kind(
             self.state,
             self.metastore,
             self.store,
@@ -345,6 +367,15 @@ def bench(tmp_path: Path, mounting: Mounts) -> Iterator[Bench]:
     made = Bench(tmp_path / "state", mounting)
     yield made
     made.close()
+
+
+@pytest.fixture
+def prompt_bench(bench: Bench) -> Bench:
+    """One that is asked for prompt answers first."""
+    bench.close()
+    bench.kind = PromptFirst
+    bench.open()
+    return bench
 
 
 @pytest.fixture

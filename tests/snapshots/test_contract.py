@@ -25,6 +25,13 @@ if TYPE_CHECKING:
 NOW_NS = 1_700_000_000 * 10**9
 
 
+@pytest.fixture(params=["bench", "prompt_bench"])
+def bench(request: pytest.FixtureRequest) -> Bench:
+    """Every rule holds whichever way an answer comes."""
+    made: Bench = request.getfixturevalue(request.param)
+    return made
+
+
 async def base(bench: Bench) -> None:
     """The six snapshots of containerd's suite: c1 <- c2 committed, a1 on c2, a2, view v1 on c2, view v2."""
     snapshotter = bench.snapshotter

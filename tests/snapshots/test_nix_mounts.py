@@ -28,6 +28,13 @@ def store_of(root: Path) -> Path:
 # Metadata
 
 
+@pytest.fixture(params=["bench", "prompt_bench"])
+def bench(request: pytest.FixtureRequest) -> Bench:
+    """Every rule holds whichever way an answer comes."""
+    made: Bench = request.getfixturevalue(request.param)
+    return made
+
+
 @pytest.mark.parametrize("committed", [False, True], ids=["cold", "warm"])
 async def test_directories_look_as_the_image_has_them(
     bench: Bench, upper: Callable[..., Path], *, committed: bool

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AbstractContextManager, asynccontextmanager
 from typing import Final
 
 import trio
@@ -65,6 +65,11 @@ class ObservedSnapshots(Snapshots):
         began = self._clock()
         async with self._timed("prepare", snapshot=key, parent=parent):
             mounts = await self._inner.prepare(key, parent, labels)
+        self.prepared(key, parent, mounts, began)
+        return mounts
+
+    def prepared(self, key: str, parent: str, mounts: Sequence[Mount], began: float) -> None:
+        """A snapshot was prepared; ``began`` in seconds since the epoch. Notes its start, if it is a container's."""
         start = start_of(mounts, self._state)
         if start is not None:
             upper, fuse = start
@@ -72,7 +77,14 @@ class ObservedSnapshots(Snapshots):
             if parent not in self._known:
                 self._known.add(parent)
                 self._nursery.start_soon(self._note_chain, parent)
-        return mounts
+
+    def span(self, call: str, **attributes: str) -> AbstractContextManager[object]:
+        """The span of a call, in any thread."""
+        return self._telemetry.spans.call(call, **attributes)
+
+    def took(self, call: str, seconds: float) -> None:
+        """A call has been answered."""
+        self._telemetry.counters.observe("fusesnap_snapshot_call_seconds", seconds, call=call)
 
     async def _note_chain(self, parent: str) -> None:
         try:
@@ -134,18 +146,18 @@ class ObservedSnapshots(Snapshots):
     async def _timed(self, call: str, **attributes: str) -> AsyncIterator[None]:
         began, outcome = trio.current_time(), "cancelled"
         try:
-            with self._telemetry.spans.call(call, **attributes):
+            with self.span(call, **attributes):
                 yield
             outcome = "ok"
         except FusesnapError as error:
             outcome = told_as(error)
             raise
         finally:
-            counters = self._telemetry.counters
-            seconds = trio.current_time() - began
-            counters.observe("fusesnap_snapshot_call_seconds", seconds, call=call)
+            self.took(call, trio.current_time() - began)
             if outcome not in ("ok", "cancelled"):
-                counters.add("fusesnap_snapshot_call_errors", call=call, kind=outcome)
+                self._telemetry.counters.add(
+                    "fusesnap_snapshot_call_errors", call=call, kind=outcome
+                )
 
 
 def told_as(error: FusesnapError) -> str:

@@ -14,13 +14,14 @@ import trio.testing
 from fusesnap.daemon.telemetry.counting import Counters, Counting
 from fusesnap.daemon.telemetry.keeper import Telemetry
 from fusesnap.daemon.telemetry.owners import upper_of_reader
+from fusesnap.daemon.telemetry.prompt_snapshots import ObservedPrompt
 from fusesnap.daemon.telemetry.recorder import Recorder
 from fusesnap.daemon.telemetry.records import StartRecord
 from fusesnap.daemon.telemetry.snapshots import ObservedSnapshots, start_of
 from fusesnap.daemon.telemetry.spans import NoSpans
 from fusesnap.errors import NotFound
 from fusesnap.nix.store_path import StorePath
-from fusesnap.snapshots.interface import Mount, Snapshots
+from fusesnap.snapshots.interface import Info, Mount, PromptSnapshots, Snapshots
 
 STATE = "/var/lib/fusesnap"
 UPPER = f"upperdir={STATE}/snapshots/3/fs"
@@ -110,6 +111,45 @@ async def test_calls_are_counted_and_an_images_paths_are_noted_once(
         while not journal.chain("default/2/chain"):
             await telemetry.flush()
         assert journal.chain("default/2/chain") == {PATH.base_name}
+
+
+class Prompt(PromptSnapshots):
+    """Prepares, and knows nothing else."""
+
+    def stat(self, key: str) -> Info | None:
+        return None
+
+    def mounts(self, key: str) -> Sequence[Mount] | None:
+        return None
+
+    def prepare(self, key: str, parent: str, labels: Mapping[str, str]) -> Sequence[Mount] | None:
+        return overlay(UPPER, COLD)
+
+
+async def test_prompt_answers_are_counted_and_noted(tmp_path: Path, nursery: trio.Nursery) -> None:
+    recorder = Recorder("one", lambda: 100.0, lambda pid: None)
+    counting = Counting(Counters(), trio.current_time)
+    telemetry = Telemetry(tmp_path, recorder, counting, lambda: 100.0, NoSpans())
+    async with telemetry.running():
+        observed = ObservedSnapshots(
+            cast(Snapshots, Snapshotter()),
+            telemetry,
+            lambda: 100.0,
+            lambda name: frozenset(),
+            STATE,
+            nursery,
+        )
+        prompt = ObservedPrompt(Prompt(), observed, lambda: 100.0, lambda: 1.0)
+        prepared = await trio.to_thread.run_sync(prompt.prepare, "default/3/redis", "chain", {})
+        assert prepared == overlay(UPPER, COLD)
+        assert await trio.to_thread.run_sync(prompt.mounts, "default/3/redis") is None
+        await trio.testing.wait_all_tasks_blocked()
+        await telemetry.flush()
+        (start,) = telemetry.journal.starts()
+        assert (start.key, start.began, start.fuse) == ("default/3/redis", 100.0, True)
+        counters = telemetry.journal.counters()
+        assert counters["fusesnap_snapshot_call_seconds_count", "call=prepare"] == 1
+        assert ("fusesnap_snapshot_call_seconds_count", "call=mounts") not in counters
 
 
 def test_a_reader_in_our_own_namespace_or_gone_is_in_no_container(tmp_path: Path) -> None:
