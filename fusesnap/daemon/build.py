@@ -26,6 +26,7 @@ from fusesnap.daemon.telemetry.recorder import Recorder
 from fusesnap.daemon.telemetry.spans import open_spans
 from fusesnap.errors import FusesnapError, StorageFailure
 from fusesnap.fetch.builder import Builder, CommandBuilder
+from fusesnap.fetch.bundles import Bundles
 from fusesnap.fetch.chunked_paths import ChunkedPaths
 from fusesnap.fetch.contents import Contents
 from fusesnap.fetch.events import FetchEvent, ObserveFetch
@@ -70,6 +71,7 @@ class Node:
     link: Link
     realiser: Realiser
     contents: Contents
+    bundles: Bundles
     loader: Loader
     telemetry: Telemetry
 
@@ -303,6 +305,16 @@ async def assembled(
         store, pool, unpackers, link, nursery, limits, identify, heard, builder, chunked
     )
     contents = Contents(store, realiser, chunked, nursery)
+    bundles = Bundles(
+        pool.caches(),
+        store,
+        chunked,
+        trusted_keys(settings),
+        link,
+        nursery,
+        fetch.lookup_timeout,
+        telemetry.fetch,
+    )
     references = References(store, contents.request, nursery)
     follows = "loader" in fetch.follows
     loader = Loader(store, store.store_dir, contents, nursery, follows=follows)
@@ -315,6 +327,7 @@ async def assembled(
         link,
         realiser,
         contents,
+        bundles,
         loader,
         telemetry,
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Final
@@ -67,16 +67,20 @@ def make_traces(node: Node, recorder: Recorder, waiting: WaitingRequests) -> Tra
             readahead=settings.readahead_kib * 1024,
             boot=BOOT_ID.read_text(encoding="ascii").strip(),
         ),
+        node.bundles.find,
     )
 
 
 def calls(
     store_dir: StoreDir,
     traces: Traces,
+    bundled: Callable[[ClosureDigest, frozenset[StorePath]], Awaitable[object]],
     learn: Callable[[frozenset[StorePath]], object],
     nursery: trio.Nursery,
 ) -> Mapping[str, control.Answer]:
-    """What the worker is told of starts. It answers before it goes about it; ``learn`` is told which paths they show.
+    """What the worker is told of starts. It answers before it goes about it.
+
+    ``learn`` is told which paths they show, when ``bundled`` has looked for what a bundle tells of them.
 
     Thousands of paths are read in a thread: readers wait for the loop.
     """
@@ -101,16 +105,22 @@ def calls(
             carried = None
         return ClosureDigest.of(paths, store_dir), paths, carried
 
+    async def learn_of(
+        closure: ClosureDigest, paths: frozenset[StorePath], lazy: frozenset[StorePath]
+    ) -> None:
+        await bundled(closure, paths)
+        learn(lazy)
+
     async def start(question: Mapping[str, Any]) -> dict[str, Any]:
         start = await trio.to_thread.run_sync(start_in, question)
-        learn(start.lazy)
         nursery.start_soon(traces.begin, start)
+        nursery.start_soon(learn_of, start.closure, start.paths, start.lazy)
         return {}
 
     async def foresee(question: Mapping[str, Any]) -> dict[str, Any]:
         closure, paths, carried = await trio.to_thread.run_sync(image_in, question)
-        learn(paths)
         nursery.start_soon(traces.foresee, closure, paths, carried)
+        nursery.start_soon(learn_of, closure, paths, paths)
         return {}
 
     async def end(question: Mapping[str, Any]) -> dict[str, Any]:

@@ -128,7 +128,11 @@ async def answer(worker: Worker, ready: int) -> None:
         answers = {
             **calls(worker),
             **trace_calls(
-                worker.node.store_dir, worker.traces, worker.node.contents.learn, nursery
+                worker.node.store_dir,
+                worker.traces,
+                worker.node.bundles.find,
+                worker.node.contents.learn,
+                nursery,
             ),
         }
         serve_control = partial(control.serve, patient={"realise": realising(worker.node)})

@@ -74,7 +74,8 @@ class BundleStream:
     """One response with a bundle, from the cache ``source``.
 
     ``take`` is told what the bundle says of itself, and gives those of its paths which its bytes are wanted of; it
-    raises why the bundle is not used. ``room`` is that on the disk, ``observe`` hears of what comes.
+    raises why the bundle is not used. ``room`` is that on the disk, ``observe`` hears of what comes. ``promised`` is
+    called when readers wait for what is on its way.
     """
 
     def __init__(
@@ -85,6 +86,7 @@ class BundleStream:
         link: Link,
         room: Room,
         observe: ObserveFetch = unobserved,
+        promised: Callable[[], object] = lambda: None,
     ) -> None:
         self._source = source
         self._parser = parser
@@ -92,6 +94,7 @@ class BundleStream:
         self._link = link
         self._room = room
         self._observe = observe
+        self._promised = promised
         self._passage: Passage | None = None
         self._scope = trio.CancelScope()
         self._given_up: str | None = None
@@ -140,20 +143,21 @@ class BundleStream:
         bundle, ``StorageFailure``, and ``DeadlineExceeded`` where it is too slow. What was verified before stays.
         """
         failure: FusesnapError | None = Unavailable(f"{self._source}: the process ends")
+        ends = True
         try:
             with self._scope:
                 await self._run(read)
-            failure = None
+            failure, ends = None, False
             if self._given_up is not None:
                 raise DeadlineExceeded(f"{self._source}: startup bundle: {self._given_up}")
         except PauseLost as error:
-            failure = Unavailable(str(error))
+            failure, ends = Unavailable(str(error)), False
             raise failure from error
         except FusesnapError as error:
-            failure = error
+            failure, ends = error, False
             raise
         finally:
-            self._withdraw(failure)
+            self._withdraw(failure, and_ask=not ends)
 
     async def _run(self, read: Read) -> None:
         failure: FusesnapError | PauseLost | None = None
@@ -245,6 +249,7 @@ class BundleStream:
             self._begin(chunked[path], extents)
         self._account(0)
         self._enough = not any(by_path.values())
+        self._promised()
 
     def _begin(self, chunked: ChunkedPath, extents: Sequence[Extent]) -> None:
         events = PartEvents(self._observe, chunked.path, Priority.TRACE, BUNDLED)
@@ -255,13 +260,13 @@ class BundleStream:
         if not extents:
             bringing.end(None)
 
-    def _withdraw(self, failure: FusesnapError | None) -> None:
+    def _withdraw(self, failure: FusesnapError | None, *, and_ask: bool) -> None:
         """Nothing more comes. What is missing is needed all the same: chunks of it are asked for, in that order."""
         wanted, self._wanted = self._wanted, {}
         for bringing in wanted.values():
             bringing.end(failure)
             left = bringing.chunked.withdraw(self)
-            if left:
+            if left and and_ask:
                 bringing.chunked.want(left, Priority.TRACE)
 
     # ------------------------------------------------------------ telling of it

@@ -96,6 +96,30 @@ class ChunkedPaths:
         """``path``, if it was found before and is still open."""
         return self._open.get(path)
 
+    async def given(self, path: StorePath, data: bytes) -> ChunkedPath | None:
+        """``path``, which is pinned, by the index that ``data`` are; None where that is no good, or it is here whole.
+
+        What is known of it already counts for more.
+        """
+        while (event := self._finding.get(path)) is not None:
+            await event.wait()
+        known, pin = self._open.get(path), self._store.pinned(path)
+        if known is not None or pin is None or self._store.is_committed(path):
+            return known
+        async with self._alone(path):
+            try:
+                found = await self._saved(pin) or await self._parsed(pin, data)
+            except FusesnapError as error:
+                log.warning("%s: its index in a startup bundle is not used: %s", path, error)
+                return None
+            self._keep(path, found)
+            return found
+
+    async def _parsed(self, pin: Pin, data: bytes) -> ChunkedPath:
+        index = await self._parse(data)
+        index.check_matches(pin.info)
+        return await self._opened(pin, index, data)
+
     async def begun(self, path: StorePath) -> ChunkedPath | None:
         """``path``, if some of its chunks are here, and the rest can be had by the chunk."""
         if path not in self._open and not self._partials.is_begun(path):

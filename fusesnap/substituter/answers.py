@@ -6,6 +6,7 @@ from fusesnap.errors import InvalidData, Unavailable
 from fusesnap.nix.cache_info import CacheInfo, parse_cache_info
 from fusesnap.nix.narinfo import NarInfo, parse_narinfo
 from fusesnap.nix.store_path import HashPart, StoreDir, StorePath
+from fusesnap.substituter.base import StoredFile
 from fusesnap.substituter.retry import Refusal
 
 # A compression that finds nothing to compress adds its frames: 4 bytes in 64 KiB (lz4), 3 in
@@ -55,7 +56,7 @@ class FileLength:
     ``where`` begins the messages: the cache and the file. ``received`` counts the bytes so far.
     """
 
-    def __init__(self, where: str, info: NarInfo, received: int = 0) -> None:
+    def __init__(self, where: str, info: StoredFile, received: int = 0) -> None:
         self.received = received
         self._where = where
         most = info.nar_size + info.nar_size // _OVERHEAD_SHARE + _OVERHEAD

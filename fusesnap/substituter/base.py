@@ -51,6 +51,22 @@ class Bookmark:
     resumable: bool | None = None
 
 
+class StoredFile(Protocol):
+    """What is known of a file before it is read; a narinfo says so of a NAR's."""
+
+    @property
+    def url(self) -> str:
+        """Its name, relative to the cache, or absolute."""
+
+    @property
+    def file_size(self) -> int | None:
+        """Its size in bytes, where anybody said it."""
+
+    @property
+    def nar_size(self) -> int:
+        """Bytes that it unfolds to at most: what bounds its size."""
+
+
 class Substituter(Protocol):
     """One binary cache.
 
@@ -89,7 +105,7 @@ class Substituter(Protocol):
         """
 
     def nar(
-        self, info: NarInfo, retries: Retries | None = None, bookmark: Bookmark | None = None
+        self, info: StoredFile, retries: Retries | None = None, bookmark: Bookmark | None = None
     ) -> AbstractAsyncContextManager[AsyncIterator[bytes]]:
         """Read the file that ``info`` names, from its first byte to its last, in order.
 

@@ -23,7 +23,7 @@ from fusesnap.substituter.answers import (
     read_cache_info,
     read_narinfo,
 )
-from fusesnap.substituter.base import CACHE_INFO_NAME, DEFAULT_STORE_DIR, Bookmark
+from fusesnap.substituter.base import CACHE_INFO_NAME, DEFAULT_STORE_DIR, Bookmark, StoredFile
 from fusesnap.substituter.retry import Refusal, Retries
 
 _PIECE: Final = 256 * 1024
@@ -68,7 +68,7 @@ class FileSubstituter:
 
     @asynccontextmanager
     async def nar(
-        self, info: NarInfo, retries: Retries | None = None, bookmark: Bookmark | None = None
+        self, info: StoredFile, retries: Retries | None = None, bookmark: Bookmark | None = None
     ) -> AsyncGenerator[AsyncIterator[bytes]]:
         async with aclosing(self._file(info, bookmark or Bookmark())) as pieces:
             yield pieces
@@ -111,7 +111,7 @@ class FileSubstituter:
             raise InvalidData(f"{self.url}: {name}: expected at most {limit} bytes, got more")
         return data
 
-    async def _file(self, info: NarInfo, bookmark: Bookmark) -> AsyncGenerator[bytes]:
+    async def _file(self, info: StoredFile, bookmark: Bookmark) -> AsyncGenerator[bytes]:
         where = f"{self.url}: {info.url}"
         length = FileLength(where, info, bookmark.received)
         bookmark.resumable = True

@@ -22,7 +22,7 @@ from fusesnap.substituter.answers import (
     read_cache_info,
     read_narinfo,
 )
-from fusesnap.substituter.base import CACHE_INFO_NAME, DEFAULT_STORE_DIR, Bookmark
+from fusesnap.substituter.base import CACHE_INFO_NAME, DEFAULT_STORE_DIR, Bookmark, StoredFile
 from fusesnap.substituter.body import disregard, pieces_of, read_body
 from fusesnap.substituter.credentials import Secrets
 from fusesnap.substituter.part import PartTransfer
@@ -128,7 +128,7 @@ class HttpSubstituter:
 
     @asynccontextmanager
     async def nar(
-        self, info: NarInfo, retries: Retries | None = None, bookmark: Bookmark | None = None
+        self, info: StoredFile, retries: Retries | None = None, bookmark: Bookmark | None = None
     ) -> AsyncGenerator[AsyncIterator[bytes]]:
         where = f"{self.url}: {info.url}"
         transfer = Transfer(where, info, bookmark or Bookmark())
@@ -175,7 +175,7 @@ class HttpSubstituter:
             return await read_body(f"{self.url}: {name}", response, limit)
 
     async def _file(
-        self, info: NarInfo, transfer: Transfer | PartTransfer, retries: Retries
+        self, info: StoredFile, transfer: Transfer | PartTransfer, retries: Retries
     ) -> AsyncGenerator[bytes]:
         """Give the pieces of a file or of a part, over as many responses as it takes."""
         where = f"{self.url}: {info.url}"
@@ -190,7 +190,7 @@ class HttpSubstituter:
                 await _pause(error, transfer, retries)
 
     async def _one_response(
-        self, where: str, info: NarInfo, transfer: Transfer | PartTransfer
+        self, where: str, info: StoredFile, transfer: Transfer | PartTransfer
     ) -> AsyncGenerator[bytes]:
         """Send one request for what is missing and give what comes of it."""
         with translated(where, self._timeouts.stall):

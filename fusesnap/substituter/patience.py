@@ -19,7 +19,7 @@ from fusesnap.errors import DeadlineExceeded, FusesnapError, InvalidData, Unavai
 from fusesnap.nix.cache_info import CacheInfo
 from fusesnap.nix.narinfo import NarInfo
 from fusesnap.nix.store_path import HashPart, StorePath
-from fusesnap.substituter.base import Bookmark
+from fusesnap.substituter.base import Bookmark, StoredFile
 from fusesnap.substituter.retry import (
     CannotContinue,
     PartsUnsupported,
@@ -81,7 +81,7 @@ class Gate(Protocol):
     async def narinfo(self, path: StorePath | HashPart) -> NarInfo: ...
 
     def pieces(
-        self, info: NarInfo, retries: Retries, bookmark: Bookmark | None
+        self, info: StoredFile, retries: Retries, bookmark: Bookmark | None
     ) -> AbstractAsyncContextManager[AsyncIterator[bytes]]:
         """The file's pieces, without any judgement of how they come."""
 
@@ -277,7 +277,7 @@ class PatientSubstituter:
 
     @asynccontextmanager
     async def nar(
-        self, info: NarInfo, retries: Retries | None = None, bookmark: Bookmark | None = None
+        self, info: StoredFile, retries: Retries | None = None, bookmark: Bookmark | None = None
     ) -> AsyncGenerator[AsyncIterator[bytes]]:
         """As the protocol says. Retries of its own."""
         async with self._patiently(
@@ -298,7 +298,7 @@ class PatientSubstituter:
     @asynccontextmanager
     async def _patiently(
         self,
-        info: NarInfo,
+        info: StoredFile,
         read: Callable[[Retries], AbstractAsyncContextManager[AsyncIterator[bytes]]],
     ) -> AsyncGenerator[AsyncIterator[bytes]]:
         patient = PatientRetries(
@@ -319,7 +319,7 @@ class PatientSubstituter:
         return await self._gate.small_file(name, limit)
 
     async def _judged(
-        self, info: NarInfo, pieces: AsyncIterator[bytes], patient: PatientRetries
+        self, info: StoredFile, pieces: AsyncIterator[bytes], patient: PatientRetries
     ) -> AsyncGenerator[bytes]:
         try:
             pace = Pace(self._patience, self._traffic, self._clock)
@@ -340,7 +340,7 @@ class PatientSubstituter:
                 self._gate.note_failure(error)
             raise
 
-    async def _give_up_if_elsewhere(self, info: NarInfo) -> None:
+    async def _give_up_if_elsewhere(self, info: StoredFile) -> None:
         if await self._elsewhere():
             raise Unavailable(
                 f"{self.url}: {info.url}: less than {self._patience.min_rate:g} bytes a second,"

@@ -13,9 +13,8 @@ from typing import Final
 import httpx
 
 from fusesnap.errors import Unavailable
-from fusesnap.nix.narinfo import NarInfo
 from fusesnap.substituter.answers import FileLength
-from fusesnap.substituter.base import Bookmark
+from fusesnap.substituter.base import Bookmark, StoredFile
 from fusesnap.substituter.retry import CannotContinue, Refusal
 from fusesnap.substituter.transport import status_error
 
@@ -33,7 +32,7 @@ class Transfer:
     It begins where ``bookmark`` says, and keeps that up to date.
     """
 
-    def __init__(self, where: str, info: NarInfo, bookmark: Bookmark) -> None:
+    def __init__(self, where: str, info: StoredFile, bookmark: Bookmark) -> None:
         self._where = where
         self._bookmark = bookmark
         self._length = FileLength(where, info, bookmark.received)

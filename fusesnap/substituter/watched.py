@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import AbstractAsyncContextManager, contextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
+from contextlib import (
+    AbstractAsyncContextManager,
+    aclosing,
+    asynccontextmanager,
+    contextmanager,
+)
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -20,7 +25,7 @@ from fusesnap.nix.narinfo import NarInfo
 from fusesnap.nix.quoting import quote
 from fusesnap.nix.store_path import HashPart, StoreDir, StorePath
 from fusesnap.substituter.answers import MISSING_CACHE_INFO
-from fusesnap.substituter.base import DEFAULT_PRIORITY, Bookmark, Substituter
+from fusesnap.substituter.base import DEFAULT_PRIORITY, Bookmark, StoredFile, Substituter
 from fusesnap.substituter.breaker import DEFAULT_BREAKER, Breaker, BreakerPolicy, BreakerState
 from fusesnap.substituter.narinfo_cache import NarInfoCache
 from fusesnap.substituter.retry import PartsUnsupported, Refusal, Retries, Throttled, may_mend
@@ -184,10 +189,28 @@ class WatchedSubstituter:
             return await self._substituter.narinfo(path)
 
     def pieces(
-        self, info: NarInfo, retries: Retries, bookmark: Bookmark | None
+        self, info: StoredFile, retries: Retries, bookmark: Bookmark | None
     ) -> AbstractAsyncContextManager[AsyncIterator[bytes]]:
         """The NAR, without learning from how it goes: who reads it tells that."""
         return self._substituter.nar(info, retries, bookmark)
+
+    @asynccontextmanager
+    async def stream(
+        self, file: StoredFile, bookmark: Bookmark
+    ) -> AsyncGenerator[AsyncIterator[bytes]]:
+        """Read a file that belongs to no NAR as :meth:`~.base.Substituter.nar` reads a NAR's."""
+        self.check_silence()
+        with self._noting():
+            async with (
+                self._substituter.nar(file, bookmark=bookmark) as pieces,
+                aclosing(self._counted(pieces)) as counted,
+            ):
+                yield counted
+
+    async def _counted(self, pieces: AsyncIterator[bytes]) -> AsyncGenerator[bytes]:
+        async for piece in pieces:
+            self._bytes_received += len(piece)
+            yield piece
 
     def part(
         self, info: NarInfo, start: int, end: int, retries: Retries

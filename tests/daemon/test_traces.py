@@ -31,6 +31,7 @@ class Heard:
 
     def __init__(self) -> None:
         self.learnt: list[frozenset[StorePath]] = []
+        self.bundled: list[ClosureDigest] = []
         self.send, self.receive = trio.open_memory_channel[tuple[object, ...]](10)
 
     async def begin(self, start: Start) -> None:
@@ -41,6 +42,10 @@ class Heard:
     ) -> None:
         await self.send.send(("foresee", closure, paths, carried))
 
+    async def find(self, closure: ClosureDigest, paths: frozenset[StorePath]) -> bool:
+        self.bundled.append(closure)
+        return False
+
     async def end(self, key: str) -> None:
         await self.send.send(("end", key))
 
@@ -48,7 +53,7 @@ class Heard:
 @pytest.fixture
 async def worker(tmp_path: Path, nursery: trio.Nursery) -> Heard:
     heard = Heard()
-    answers = calls(STORE, cast("Traces", heard), heard.learnt.append, nursery)
+    answers = calls(STORE, cast("Traces", heard), heard.find, heard.learnt.append, nursery)
     await nursery.start(control.serve, tmp_path / "control.sock", answers)
     return heard
 

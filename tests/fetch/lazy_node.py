@@ -47,7 +47,7 @@ class Node:
             await trio.lowlevel.checkpoint()
 
         self.store = LocalStore.open(state, StoreDir(), clock=lambda: 0.0)
-        pool = SubstituterPool(
+        self.pool = pool = SubstituterPool(
             caches,
             store_dir=StoreDir(),
             trusted_keys=TRUSTED,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Final
@@ -58,7 +58,7 @@ class Traces:
 
     ``foresee`` has fetched what a trace says; ``awaited`` says for which paths somebody waits; ``owner_of`` tells the
     upper directory of the container that a thread is in, in a thread of ours; ``search`` asks caches; ``clock`` gives
-    seconds since 1970.
+    seconds since 1970. ``bundled`` tells whether a startup bundle brings what a closure's start reads.
     """
 
     def __init__(
@@ -72,6 +72,7 @@ class Traces:
         search: TraceSearch,
         clock: Callable[[], float],
         policy: Policy,
+        bundled: Callable[[ClosureDigest, Collection[StorePath]], Awaitable[bool]],
     ) -> None:
         self._open_database = open_database
         self._recorder = recorder
@@ -82,6 +83,7 @@ class Traces:
         self._search = search
         self._clock = clock
         self._policy = policy
+        self._bundled = bundled
         self._database: TraceDatabase | None = None
         self._opened = trio.Event()
 
@@ -113,11 +115,14 @@ class Traces:
             conditions, trace = await trio.to_thread.run_sync(self._prepare, database, start)
             if start.key in self._recorder:
                 return
+            if self._policy.record:
+                await self._record(database, start, conditions)
+            bundled = await self._bundled(start.closure, start.paths)
             if trace is not None and self._policy.replay:
                 with logged(start.key):
                     self.replay(start, trace)
-            if self._policy.record:
-                await self._record(database, start, conditions)
+            if bundled:
+                return
             if self._policy.ask and (trace is None or not trace.circumstances.complete):
                 found = await self._search.find(database, start.closure, start.paths)
                 if found is not None and self._policy.replay:
@@ -137,7 +142,9 @@ class Traces:
                 await trio.to_thread.run_sync(database.put, trace, Origin.IMAGE, now)
         with logged(f"closure {closure}"):
             there = await trio.to_thread.run_sync(self._store.committed_among, paths)
-            if self._policy.ask and len(there) < len(paths):
+            if len(there) == len(paths) or await self._bundled(closure, paths):
+                return
+            if self._policy.ask:
                 await self._search.find(database, closure, paths)
 
     def replay(self, start: Start, trace: StartupTrace) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Collection, Iterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -64,11 +64,15 @@ class Node:
         self.owners: dict[int, str] = {}
         self.cache = MemorySubstituter()
         self.dead = False
+        self.bundles: set[ClosureDigest] = set()
         self.heard: list[str] = []
         self.ordinals = {path_of(made): store.pin(made[0]).ordinal for made in (HELLO, GLIBC)}
 
     def foresee(self, trace: StartupTrace) -> None:
         self.requested.append([traced.path for traced in trace.paths])
+
+    async def bundled(self, closure: ClosureDigest, paths: Collection[StorePath]) -> bool:
+        return closure in self.bundles
 
     def path_of(self, ordinal: int) -> StorePath | None:
         pin = self.store.pin_of(ordinal)
@@ -88,6 +92,7 @@ class Node:
             TraceSearch([self.cache], TRUSTED, lambda: 1_790_000_000.0, 30),
             lambda: 1_790_000_000.0,
             policy,
+            self.bundled,
         )
         async with trio.open_nursery() as nursery:
             nursery.start_soon(traces.run)

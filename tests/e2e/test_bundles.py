@@ -1,0 +1,112 @@
+"""Containers from a cache that has a startup bundle of their closure: one request carries the start."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from testbed.binary_cache import CacheFiles, HttpCache, SigningKey, http_cache
+from testbed.containerd import containerd
+from testbed.fusesnap_daemon import PROGRAM, FusesnapDaemon, Source, fusesnap_daemon
+from testbed.images import Layer
+from testbed.nix_store import NixStore
+from testbed.processes import run
+from testbed.synthetic import SimpleClosure
+
+from .conftest import NodeMaker, Publish
+
+NixLayers = Callable[..., Layer]
+
+
+@pytest.fixture
+def files(published: CacheFiles, tmp_path: Path) -> CacheFiles:
+    """A copy of the published cache that a test may change."""
+    return CacheFiles(Path(shutil.copytree(published.directory, tmp_path / "cache")))
+
+
+@pytest.fixture
+def cache(files: CacheFiles, tmp_path: Path) -> Iterator[HttpCache]:
+    with http_cache(files, tmp_path / "cache-nginx") as running:
+        yield running
+
+
+@pytest.fixture
+def script(simple: SimpleClosure) -> str:
+    """What the container reads: a script, a small file, and the beginning and the middle of a large one."""
+    large = f"{simple.large}/data"
+    middle = f"dd if={large} bs=4096 skip=700 count=2 2>/dev/null"
+    return f"cat {simple.tree}/self; head -c 9 {large} | sha256sum; {middle} | sha256sum"
+
+
+def spoil(files: CacheFiles) -> None:
+    """Damage the last bytes of every bundle: the header is right, and the stream is not."""
+    for file in (files.directory / "bundle").iterdir():
+        data = bytearray(file.read_bytes())
+        data[-100] ^= 0xFF
+        file.write_bytes(data)
+
+
+@contextlib.contextmanager
+def started(
+    directory: Path, cache: HttpCache, key: SigningKey, reference: str, script: str
+) -> Iterator[tuple[FusesnapDaemon, str]]:
+    """A node that has nothing, which pulls and runs an image; what the container said."""
+    directory.mkdir()
+    source = Source([cache.url], [key.public])
+    with (
+        fusesnap_daemon(directory / "s", source=source) as daemon,
+        containerd(directory / "c", proxy=daemon.address) as client,
+    ):
+        cache.clear_requests()
+        client.pull(reference)
+        yield daemon, client.run(reference, "one", "/bin/sh", "-c", script)
+
+
+def index_of(cache: HttpCache, path: str) -> str:
+    """As it is asked for."""
+    return "/" + cache.files.narinfo(path)["NarIndex"].split()[0]
+
+
+def asked(cache: HttpCache, *beginnings: str) -> list[str]:
+    return [each.path for each in cache.requests() if each.path.startswith(beginnings)]
+
+
+def test_one_request_carries_a_start_and_a_damaged_one_is_told_and_done_without(
+    make_node: NodeMaker,
+    cache: HttpCache,
+    files: CacheFiles,
+    simple: SimpleClosure,
+    nix_store: NixStore,
+    nix_layers: NixLayers,
+    base_layer: Layer,
+    script: str,
+    publish: Publish,
+    key: SigningKey,
+    work: Path,
+    tmp_path: Path,
+) -> None:
+    first = make_node(cache.url)
+    reference = first.pull([base_layer, nix_layers()])
+    said = first.containerd.run(reference, "one", "/bin/sh", "-c", script)
+    trace = tmp_path / "trace"
+    run([PROGRAM, "trace", "export", "busybox", "-o", trace, "--state", first.daemon.state])
+    target = ("--from", nix_store.directory, "--to", files.directory)
+    options = (*target, "--secret-key-file", key.secret_file, "--closure", "--trace", trace)
+    done = publish(*options, simple.root)
+    assert done.returncode == 0, done.stderr
+
+    with started(work / "a", cache, key, reference, script) as (_, again):
+        assert again == said
+        assert len(asked(cache, "/bundle/")) == 1
+        others = asked(cache, "/nar/", "/trace/")
+        assert [each for each in others if not each.endswith(".narindex")] == []
+        touched = {index_of(cache, path) for path in (simple.busybox, simple.tree, simple.large)}
+        assert touched.isdisjoint(others)
+    spoil(files)
+    with started(work / "b", cache, key, reference, script) as (daemon, again):
+        assert again == said
+        assert len(asked(cache, "/bundle/")) == 1
+        daemon.service.wait_until(lambda: "is not used any further" in daemon.service.log_text())
