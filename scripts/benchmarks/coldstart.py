@@ -183,6 +183,7 @@ def sides() -> list[Side]:
         Fusesnap(STOCK, "stock"),
         Fusesnap("fusesnap, published cache", "published"),
         Fusesnap("fusesnap, published with trace", "traced"),
+        Fusesnap("fusesnap, published with bundle", "bundled"),
         Eager(),
         Eager(copying=True),
         Ordinary("gzip"),
@@ -216,6 +217,7 @@ def make_ready(
         ),
     }
     caches["traced"] = add_trace(built, caches["published"], archives["nix"], key, directory)
+    caches["bundled"] = add_bundle(built, caches["traced"], key, directory)
     names = {kind: f"{archive.stem}:latest" for kind, archive in archives.items()}
     for kind, archive in archives.items():
         images.push(archive, names[kind])
@@ -240,6 +242,16 @@ def add_trace(
     export: list[str | Path] = ["--secret-key-file", key.secret_file, "--cache", traced]
     run([PROGRAM, "trace", "export", *state, *export, built.closure.root])
     return CacheFiles(traced)
+
+
+def add_bundle(built: Built, traced: CacheFiles, key: SigningKey, directory: Path) -> CacheFiles:
+    """The same cache with the startup bundle that is made of its trace."""
+    bundled = directory / f"bundled-{built.workload.name}"
+    run(["cp", "--archive", "--link", traced.directory, bundled])
+    target: list[str | Path] = ["--from", built.store.directory, "--to", bundled]
+    options: list[str | Path] = [*target, "--secret-key-file", key.secret_file, "--closure"]
+    run([PROGRAM, "publish", *options, built.closure.root], timeout=START_SECONDS)
+    return CacheFiles(bundled)
 
 
 @contextlib.contextmanager
