@@ -221,6 +221,14 @@ class LocalStore:
         valid = self._target.nix.with_hash_part(part)
         return valid if valid is not None else self._target.state.with_hash_part(part)
 
+    def committed_of(self, package: str) -> list[StorePath]:
+        """Return the paths in the store that are of ``package`` by their name, whatever its version, the newest first.
+
+        Some may be gone; those that real Nix has added are not among them at once.
+        """
+        names = self._target.state.recorded_of(package)
+        return [StorePath.parse_base_name(name) for name in names]
+
     def valid_path_info(self, path: StorePath) -> ValidPathInfo | None:
         """Return what Nix's database says of ``path``, None where it is not valid."""
         return self._target.nix.valid_path_info(path)

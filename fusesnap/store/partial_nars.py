@@ -68,6 +68,14 @@ class Extent:
         return self.start + self.size
 
 
+@dataclass(frozen=True, slots=True)
+class NarGlance:
+    """What was here of a NAR at one moment: ``nar`` is its sparse file."""
+
+    nar: Path
+    here: ByteRanges
+
+
 class PartialNar:
     """One NAR. Everything is for one thread but what writes and :meth:`adopt`: they may be called from others."""
 
@@ -285,6 +293,18 @@ class PartialNars:
         aside.rename(self._file(path, ".narindex"))
         _write_all(map_, header + bytes(len(chunks)), 0)
 
+    def look(self, path: StorePath, index: bytes, chunks: ChunkTable) -> NarGlance | None:
+        """What is here of ``path`` by this index, whoever has it; None where nothing is.
+
+        Nobody keeps it from being removed, and after a loss of power it may not be what the map says: whoever reads it
+        knows what it must hash to.
+        """
+        with storage("look at", self._file(path, ".map")), suppress(FileNotFoundError):
+            here = _here(self._file(path, ".map").read_bytes(), index, chunks)
+            if here:
+                return NarGlance(self._file(path, ".nar"), here)
+        return None
+
     def remove(self, path: StorePath) -> None:
         """Remove what is here of ``path``."""
         _remove(self._directory, path)
@@ -369,9 +389,27 @@ def _read_map(map_: int, expected: bytes) -> _Map | None:
     return _Map(boot, states)
 
 
+def _here(map_: bytes, index: bytes, chunks: ChunkTable) -> ByteRanges:
+    """The bytes of the NAR that a map says are here; none where it is by another index."""
+    found = ByteRanges()
+    end = _HEADER.size + len(chunks)
+    if len(map_) < end or _HEADER.unpack(map_[: _HEADER.size])[2] != hashlib.sha256(index).digest():
+        return found
+    for chunk, state in zip(chunks, map_[_HEADER.size : end], strict=True):
+        if state == _THERE:
+            found.add(chunk.start, chunk.end)
+    for extent in _extents_in(map_[end:]):
+        if extent is not None and extent.end <= chunks.nar_size:
+            found.add(extent.start, extent.end)
+    return found
+
+
 def _read_extents(map_: int, start: int) -> list[Extent | None]:
     """What a map says of extents, a record each; None for one that was not written to its end."""
-    data = os.pread(map_, os.fstat(map_).st_size - start, start)
+    return _extents_in(os.pread(map_, os.fstat(map_).st_size - start, start))
+
+
+def _extents_in(data: bytes) -> list[Extent | None]:
     whole = len(data) - len(data) % _EXTENT.size
     return [
         Extent(offset, size, digest) if is_whole == _WHOLE and size else None

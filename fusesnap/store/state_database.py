@@ -14,7 +14,7 @@ from fusesnap.nix.narinfo import NarInfo, parse_narinfo
 from fusesnap.nix.store_path import HashPart, StoreDir, StorePath
 from fusesnap.store.database import Database
 
-SCHEMA_VERSION: Final = 2
+SCHEMA_VERSION: Final = 3
 
 # store_path is a base name. Ordinals are part of inode numbers, which live as long as a mount does: AUTOINCREMENT, so
 # that none is ever used again. A path may be known by several NAR hashes, but is in the store with one.
@@ -30,6 +30,7 @@ CREATE TABLE paths (
     UNIQUE (store_path, nar_hash)
 );
 CREATE UNIQUE INDEX paths_recorded ON paths (store_path) WHERE state = 'recorded';
+CREATE INDEX paths_named ON paths (substr(store_path, 34)) WHERE state = 'recorded';
 CREATE TABLE path_references (
     referrer INTEGER NOT NULL REFERENCES paths (ordinal) ON DELETE CASCADE,
     reference TEXT NOT NULL,
@@ -45,6 +46,7 @@ CREATE INDEX waiting_missing ON waiting (missing);
 _UPGRADES: Final = {
     1: "ALTER TABLE paths ADD COLUMN size INTEGER;"
     " ALTER TABLE paths ADD COLUMN used INTEGER NOT NULL DEFAULT 0",
+    2: "CREATE INDEX paths_named ON paths (substr(store_path, 34)) WHERE state = 'recorded'",
 }
 
 
@@ -137,6 +139,21 @@ class StateDatabase:
             f"{part}.",  # the next character
         )
         return None if pin is None else pin.info.store_path
+
+    def recorded_of(self, package: str) -> list[str]:
+        """Return the base names of recorded paths whose name is ``package``, or begins with it and a dash.
+
+        The newest first.
+        """
+        # By the index: the unary plus keeps SQLite from going through all rows in the order of ordinals.
+        query = (
+            "SELECT store_path FROM paths WHERE state = 'recorded'"
+            " AND substr(store_path, 34) >= ? AND substr(store_path, 34) < ? ORDER BY +ordinal DESC"
+        )
+        bounds = (package, f"{package}.")  # the character after the dash
+        with self._database.reading("look for paths in") as connection:
+            names = [str(name) for (name,) in connection.execute(query, bounds)]
+        return [name for name in names if f"{name[33:]}-".startswith(f"{package}-")]
 
     def all_recorded(self) -> dict[str, int]:
         """Return the base names of all recorded paths with their ordinals."""

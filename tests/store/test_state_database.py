@@ -138,7 +138,7 @@ def test_a_database_of_another_version_is_refused(tmp_path: Path) -> None:
     connection = sqlite3.connect(tmp_path / "db")
     connection.execute("PRAGMA user_version = 7")
     connection.close()
-    with pytest.raises(Unsupported, match=r"/db has schema version 7, expected 2"):
+    with pytest.raises(Unsupported, match=r"/db has schema version 7, expected 3"):
         StateDatabase(tmp_path / "db", StoreDir())
 
 
@@ -193,3 +193,13 @@ def test_sizes_and_uses_are_of_what_is_recorded(database: StateDatabase, make: M
     assert database.total_size() == 8192
     database.record([a], 11)
     assert database.unmeasured() == [StoredPath(1, names[0], 0, 11)]
+
+
+def test_recorded_paths_of_a_package_are_found_the_newest_first(
+    database: StateDatabase, make: Make
+) -> None:
+    names = ("app-1.0", "app", "application-1.0", "app-2.0", "app-pinned", "apo-1.0", "app+x-1")
+    pins = database.pins([make(name)[0] for name in names])
+    database.record([pin for pin in pins if "pinned" not in pin.info.store_path.name], 1)
+    found = [name[33:] for name in database.recorded_of("app")]
+    assert found == ["app-2.0", "app", "app-1.0"]
