@@ -13,24 +13,33 @@ from collections.abc import (
     Awaitable,
     Callable,
     Iterable,
-    Iterator,
     Sequence,
 )
-from contextlib import aclosing, asynccontextmanager
+from contextlib import aclosing
 from functools import partial
 from typing import Final
 
 import trio
 
-from fusesnap.errors import DeadlineExceeded, FusesnapError, InvalidData, Unavailable
-from fusesnap.fetch.events import ObserveFetch, unobserved
+from fusesnap.errors import (
+    DeadlineExceeded,
+    FusesnapError,
+    InvalidData,
+    StorageFailure,
+    Unavailable,
+)
+from fusesnap.fetch.events import ObserveFetch, Rebuilt, unobserved
 from fusesnap.fetch.flight import Flight
-from fusesnap.fetch.link import Link, Passage, PauseLost
+from fusesnap.fetch.grouping import grouped
+from fusesnap.fetch.link import Link, PauseLost
 from fusesnap.fetch.part_events import PartEvents
+from fusesnap.fetch.part_of import part_of
 from fusesnap.fetch.priority import Priority
 from fusesnap.fetch.promised import Bringer, Promised
 from fusesnap.fetch.read_ahead import FURTHEST, ReadAhead, reach
+from fusesnap.fetch.rebuilding import Rebuilding
 from fusesnap.fetch.reserving import reservation
+from fusesnap.fetch.runs import FetchRun, RebuildRun, Run
 from fusesnap.nix.chunk_table import Chunk
 from fusesnap.nix.nar_index import NarIndex
 from fusesnap.nix.store_path import StorePath
@@ -38,50 +47,17 @@ from fusesnap.nix.tree import Tree
 from fusesnap.store.local_store import Pin
 from fusesnap.store.partial_nars import Extent, PartialNar
 from fusesnap.store.room import Room
-from fusesnap.substituter.base import Bookmark
 from fusesnap.substituter.pool import Offer
 
-# Bytes of the file that are rather fetched than asked for around: less than most links carry in a round trip.
-NEAR: Final = 32 * 1024
-# Bytes of the file in one request at most: what is more urgent interrupts it, but not without loss; and who wants its
-# last chunk waits for all of it.
-LARGEST_RUN: Final = 512 * 1024
 # Bytes of the NAR that are taken at a time when the rest is fetched.
 _PIECE: Final = 1024 * 1024
-
-
-class _Run:
-    """Chunks that one request carries, from the first to the last of ``numbers``.
-
-    It is as urgent as the most urgent of those who want it.
-    """
-
-    def __init__(self, numbers: Sequence[int], priority: Priority, events: PartEvents) -> None:
-        self.numbers = numbers
-        self.events = events
-        self.priority = priority
-        self.passage: Passage | None = None
-        self.error: FusesnapError | None = None
-        self.scope = trio.CancelScope()
-        self.withdrawn = False
-        self.arrived = {number: trio.Event() for number in numbers}
-
-    @property
-    def waits(self) -> bool:
-        """Whether nothing of it was asked for yet."""
-        return self.passage is None or self.passage.waits
-
-    def want(self, priority: Priority) -> None:
-        """It is wanted as urgently as this, if that is more than before."""
-        self.priority = min(self.priority, priority)
-        if self.passage is not None:
-            self.passage.become(self.priority)
 
 
 class ChunkedPath:
     """One path. ``offer`` finds who has its NAR; ``stall`` is in seconds; ``nursery`` holds the requests.
 
-    ``observe`` hears of each request. ``room`` is that on the disk.
+    ``observe`` hears of each request. ``room`` is that on the disk. What ``rebuilding`` makes of what is here is not
+    asked for.
     """
 
     def __init__(
@@ -96,8 +72,10 @@ class ChunkedPath:
         observe: ObserveFetch = unobserved,
         *,
         room: Room,
+        rebuilding: Rebuilding,
     ) -> None:
         self.pin = pin
+        self._rebuilding = rebuilding
         self._room = room
         self._observe = observe
         self._index = index
@@ -109,8 +87,8 @@ class ChunkedPath:
         self._nursery = nursery
         self._stall = stall
         self._source = ""  # the URL of the cache that was asked last
-        self._coming: dict[int, _Run] = {}  # by the chunk
-        self._runs: set[_Run] = set()
+        self._coming: dict[int, Run] = {}  # by the chunk
+        self._runs: set[Run] = set()
         self._promised = Promised()
         self._adopting = 0
         self._flight: Flight | None = None
@@ -152,6 +130,11 @@ class ChunkedPath:
     def source(self) -> str:
         """The URL of the cache that was asked last; empty before."""
         return self._source
+
+    @property
+    def file_size(self) -> int:
+        """Bytes of the file."""
+        return self._chunks.file_size
 
     @property
     def remaining(self) -> int:
@@ -218,6 +201,15 @@ class ChunkedPath:
             before, left = left, self.remaining
             progress(before - left)
             yield data
+
+    async def rebuild(self) -> None:
+        """Make of what is here what can be made of it; return when all was tried."""
+        untried = self._rebuilding.untried(range(len(self._chunks)))
+        wanted = [n for n in self._partial.missing(untried) if n not in self._coming]
+        if wanted and not self._closed:
+            run = RebuildRun(wanted, Priority.COMPLETION, fetches=False)
+            self._start_rebuild(run)
+            await run.arrived[wanted[-1]].wait()
 
     # ------------------------------------------------------------ what a stream brings
 
@@ -292,9 +284,8 @@ class ChunkedPath:
             left = self._partial.missing(run.numbers)
             self._start_runs([n for n in left if n not in self._coming], run.priority)
 
-    def _withdraw(self, run: _Run) -> None:
-        run.withdrawn = True
-        run.scope.cancel()
+    def _withdraw(self, run: Run) -> None:
+        run.withdraw()
         for number in run.numbers:
             if self._coming.get(number) is run:
                 del self._coming[number]
@@ -302,7 +293,7 @@ class ChunkedPath:
     def _numbers(self, gaps: Iterable[tuple[int, int]]) -> list[int]:
         return sorted({number for gap in gaps for number in self._chunks.covering(*gap)})
 
-    async def _wait(self, run: _Run, number: int) -> None:
+    async def _wait(self, run: Run, number: int) -> None:
         arrived = run.arrived[number]
         while not arrived.is_set():
             if run.passage is not None and run.passage.paused:
@@ -351,9 +342,51 @@ class ChunkedPath:
             found.append(number)
         return found
 
-    def _start_runs(self, numbers: Iterable[int], priority: Priority) -> None:
-        for group in self._groups(numbers):
-            run = _Run(group, priority, self._events(group, priority))
+    def _start_runs(self, numbers: Sequence[int], priority: Priority) -> None:
+        """Have chunks made of what is here, and fetched where they cannot be."""
+        untried = self._rebuilding.untried(numbers)
+        if untried:
+            self._start_rebuild(RebuildRun(untried, priority, fetches=True))
+        self._start_fetches([n for n in numbers if n not in self._coming], priority)
+
+    def _start_rebuild(self, run: RebuildRun) -> None:
+        self._runs.add(run)
+        self._coming |= dict.fromkeys(run.numbers, run)
+        self._nursery.start_soon(self._rebuild, run, name=f"rebuild a part of {self.path}")
+
+    async def _rebuild(self, run: RebuildRun) -> None:
+        size = sum(self._chunks[each].size for each in run.numbers)
+        try:
+            async with reservation(self._room) as reserved:
+                await reserved.take(size)
+                tried = partial(self._tried, run)
+                await self._rebuilding.rebuild(run.numbers, self._partial, tried)
+        except StorageFailure:  # told to whoever fetches
+            self._tried(run, run.numbers, ())
+        except trio.Cancelled:
+            run.withdrawn = False  # nothing will be asked for any more
+            raise
+        finally:
+            self._end(run)
+
+    def _tried(self, run: RebuildRun, numbers: Sequence[int], made: Sequence[Chunk]) -> None:
+        """Of ``numbers`` those that were ``made`` are here, and nobody need try the others again."""
+        self._progressed = trio.current_time()
+        if made:
+            part = made[0].file_start, made[-1].file_end
+            size = sum(chunk.file_size for chunk in made)
+            self._observe(Rebuilt(self.path, run.priority, size, part))
+        self._arrived(run, made)
+        left = [number for number in numbers if self._coming.get(number) is run]
+        for number in left:
+            del self._coming[number]
+            run.arrived[number].set()
+        if run.fetches and not self._closed:
+            self._start_fetches(left, run.priority)
+
+    def _start_fetches(self, numbers: Iterable[int], priority: Priority) -> None:
+        for group in grouped(numbers, self._chunks, self._partial, self._coming):
+            run = FetchRun(group, priority, self._events(group, priority))
             self._runs.add(run)
             self._coming |= dict.fromkeys(group, run)
             self._nursery.start_soon(self._fetch, run, name=f"fetch a part of {self.path}")
@@ -362,26 +395,7 @@ class ChunkedPath:
         part = self._chunks[group[0]].file_start, self._chunks[group[-1]].file_end
         return PartEvents(self._observe, self.path, priority, part)
 
-    def _groups(self, numbers: Iterable[int]) -> Iterator[list[int]]:
-        """Split into what one request carries each; a small gap is rather fetched than asked for around."""
-        group: list[int] = []
-        for number in numbers:
-            if group and not self._belongs(group, number):
-                yield group
-                group = []
-            if group:
-                group += self._partial.missing(range(group[-1] + 1, number))
-            group.append(number)
-        if group:
-            yield group
-
-    def _belongs(self, group: list[int], number: int) -> bool:
-        between = range(group[-1] + 1, number)
-        gap = sum(self._chunks[each].file_size for each in between)
-        length = self._chunks[number].file_end - self._chunks[group[0]].file_start
-        return gap <= NEAR and length <= LARGEST_RUN and not self._coming.keys() & set(between)
-
-    async def _fetch(self, run: _Run) -> None:
+    async def _fetch(self, run: FetchRun) -> None:
         run.error = Unavailable(f"{self.path}: the fetch was given up because the process ends")
         run.events.board()
         try:
@@ -395,16 +409,16 @@ class ChunkedPath:
         except PauseLost as error:
             run.error = Unavailable(str(error))
         finally:
+            run.events.land(run.error)
             self._end(run)
 
-    def _end(self, run: _Run) -> None:
+    def _end(self, run: Run) -> None:
         self._runs.discard(run)
         for number in run.numbers:
             if self._coming.get(number) is run:
                 del self._coming[number]
         for event in run.arrived.values():
             event.set()
-        run.events.land(run.error)
         if self._runs:
             return
         if self._flight is not None:
@@ -412,7 +426,7 @@ class ChunkedPath:
             self._flight = None
         self._let_go()
 
-    async def _fetch_from(self, offer: Offer, run: _Run) -> None:
+    async def _fetch_from(self, offer: Offer, run: FetchRun) -> None:
         first, last = self._chunks[run.numbers[0]], self._chunks[run.numbers[-1]]
         self._source = offer.substituter.url
         size = last.file_end - first.file_start
@@ -429,17 +443,17 @@ class ChunkedPath:
             if self._flight is not None:
                 self._flight.begin(self._source, size)
             reading = run.passage.pieces(
-                lambda bookmark: _part(offer, first.file_start, last.file_end, bookmark),
+                lambda bookmark: part_of(offer, first.file_start, last.file_end, bookmark),
                 partial(self._resumed, run),
             )
             async with aclosing(reading) as pieces:
                 await self._receive(run, pieces)
 
-    def _resumed(self, run: _Run, kept: int) -> None:
+    def _resumed(self, run: FetchRun, kept: int) -> None:
         self._progressed = trio.current_time()
         run.events.begin(self._source, kept)
 
-    async def _receive(self, run: _Run, pieces: AsyncIterator[bytes]) -> None:
+    async def _receive(self, run: FetchRun, pieces: AsyncIterator[bytes]) -> None:
         left = iter(range(run.numbers[0], run.numbers[-1] + 1))
         due = self._chunks[next(left)]
         held = bytearray()
@@ -459,7 +473,7 @@ class ChunkedPath:
                 due = self._chunks[number]
             if frames:
                 await trio.to_thread.run_sync(self._put, frames)
-                self._arrived(run, frames)
+                self._arrived(run, [chunk for chunk, _ in frames])
 
     def _put(self, frames: Iterable[tuple[Chunk, bytes]]) -> None:
         """Verify and write chunks; in a thread: zstd and SHA-256 let go of the interpreter lock."""
@@ -470,29 +484,10 @@ class ChunkedPath:
                 raise type(error)(f"{self._source}: {self.path}: {error}") from None
             self._partial.write(chunk, data)
 
-    def _arrived(self, run: _Run, frames: Iterable[tuple[Chunk, bytes]]) -> None:
-        for chunk, _ in frames:
+    def _arrived(self, run: Run, chunks: Iterable[Chunk]) -> None:
+        for chunk in chunks:
             self._partial.note(chunk.number)
             if chunk.number in run.arrived:
                 self._coming.pop(chunk.number, None)
                 run.arrived[chunk.number].set()
         self._promised.wake()
-
-
-@asynccontextmanager
-async def _part(
-    offer: Offer, start: int, end: int, bookmark: Bookmark
-) -> AsyncGenerator[AsyncIterator[bytes]]:
-    """A part of the NAR's file, on from where ``bookmark`` says, which is kept up to date."""
-    bookmark.resumable = True
-    async with (
-        offer.substituter.part(offer.narinfo, start + bookmark.received, end) as pieces,
-        aclosing(_counted(pieces, bookmark)) as counted,
-    ):
-        yield counted
-
-
-async def _counted(pieces: AsyncIterator[bytes], bookmark: Bookmark) -> AsyncGenerator[bytes]:
-    async for piece in pieces:
-        bookmark.received += len(piece)
-        yield piece

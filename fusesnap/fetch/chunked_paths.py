@@ -20,6 +20,8 @@ from fusesnap.fetch.chunked_path import ChunkedPath
 from fusesnap.fetch.events import ObserveFetch, unobserved
 from fusesnap.fetch.flight import FlightState
 from fusesnap.fetch.link import Link
+from fusesnap.fetch.rebuilding import Rebuilding
+from fusesnap.fetch.seeds import Seeds
 from fusesnap.nix.index_reference import IndexReference
 from fusesnap.nix.nar_index import MAX_INDEX_SIZE, NarIndex, parse_nar_index
 from fusesnap.nix.narinfo import NarInfo
@@ -36,6 +38,12 @@ log = logging.getLogger(__name__)
 OPEN_AT_MOST: Final = 256
 # Seconds for which a path is fetched whole after its index, or a chunk, was no good.
 WHOLE_FOR: Final = 300.0
+# The part of a path that may be left to fetch for it to be worth to go by the chunk: one stream has fewer round trips.
+LEFT_AT_MOST: Final = 0.75
+# How large an index may be, as a part of the file, to be fetched only to know what can be made of what is here.
+INDEX_AT_MOST: Final = 0.25
+# Threads that make chunks, for all paths: it is work for the disk and for SHA-256.
+REBUILDERS: Final = 2
 # Seconds for which a cache that sends files whole is not asked for parts.
 NO_PARTS_FOR: Final = 3600.0
 
@@ -63,6 +71,8 @@ class ChunkedPaths:
         self._link = link
         self._nursery = nursery
         self._stall = stall
+        self._seeds = Seeds(store, partials, keys)
+        self._rebuilders = trio.CapacityLimiter(REBUILDERS)
         self._open: OrderedDict[StorePath, ChunkedPath] = OrderedDict()
         self._finding: dict[StorePath, trio.Event] = {}
         self._whole_until: dict[StorePath, float] = {}
@@ -121,14 +131,33 @@ class ChunkedPaths:
         return await self._opened(pin, index, data)
 
     async def begun(self, path: StorePath) -> ChunkedPath | None:
-        """``path``, if some of its chunks are here, and the rest can be had by the chunk."""
-        if path not in self._open and not self._partials.is_begun(path):
+        """``path``, if enough of it is here that the rest is better had by the chunk.
+
+        That is anything that was fetched of it; and what can be made of other paths, if that is a quarter. It takes an
+        index to know, which is not asked for where nothing is here that has a name like it.
+        """
+        known = path in self._open or self._partials.is_begun(path)
+        if not known and not await self._promises(path):
             return None
         found = await self.find(path)
         if found is None:
             return None
         await found.adopt()
-        return None if found.is_empty else found
+        if not found.is_empty:
+            return found
+        await found.rebuild()
+        worth = not found.is_empty and found.remaining <= found.file_size * LEFT_AT_MOST
+        return found if worth else None
+
+    async def _promises(self, path: StorePath) -> bool:
+        """Whether an index of ``path`` is small enough, and there is something that may be like it."""
+        pin = self._store.pinned(path)
+        if pin is None or not self._is_indexed(pin.info):
+            return False
+        reference, size = _reference(pin.info), pin.info.file_size or pin.info.nar_size
+        if reference is None or reference.size > size * INDEX_AT_MOST:
+            return False
+        return bool(await self._seeds.named_like(path))
 
     async def give_up(self, chunked: ChunkedPath, error: FusesnapError) -> None:
         """A chunk could not be had: fetch the path whole for a while. What was shown stays what it is."""
@@ -224,6 +253,8 @@ class ChunkedPaths:
         )
 
     async def _opened(self, pin: Pin, index: NarIndex, data: bytes) -> ChunkedPath:
+        rebuilding = Rebuilding(index, self._seeds, self._rebuilders)
+        await rebuilding.look()
         nar = await trio.to_thread.run_sync(self._partials.open, pin, data, index.chunks)
         offers = _Offers(self._pool, pin)
         return ChunkedPath(
@@ -236,10 +267,12 @@ class ChunkedPaths:
             self._stall,
             self._observe,
             room=self._store.room,
+            rebuilding=rebuilding,
         )
 
     def _keep(self, path: StorePath, found: ChunkedPath) -> None:
         self._open[path] = found
+        self._seeds.begun(path)
         for old in [each for each in self._open.values() if each.is_idle]:
             if len(self._open) <= OPEN_AT_MOST or old is found:
                 break

@@ -105,8 +105,30 @@ class Landed:
     part: Part | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Rebuilt:
+    """Chunks within ``part`` of ``path`` were made of what is here, for somebody as urgent as ``priority``.
+
+    ``size``: the bytes of the compressed NAR that nobody had to send.
+    """
+
+    path: StorePath
+    priority: Priority
+    size: int
+    part: Part
+
+
 FetchEvent: TypeAlias = (
-    Asked | Boarded | InLine | TransferBegun | Received | Paused | Resumed | Verifying | Landed
+    Asked
+    | Boarded
+    | InLine
+    | TransferBegun
+    | Received
+    | Paused
+    | Resumed
+    | Verifying
+    | Landed
+    | Rebuilt
 )
 ObserveFetch: TypeAlias = Callable[[FetchEvent], None]
 

@@ -45,15 +45,25 @@ class PublishedPath:
 
 
 def published(
-    name: str, tree: Tree, references: Iterable[str] = (), *, key: SecretKey = KEY
+    name: str,
+    tree: Tree,
+    references: Iterable[str] = (),
+    *,
+    key: SecretKey = KEY,
+    store_path: StorePath | None = None,
 ) -> PublishedPath:
-    """A path as it is published; its narinfo is signed by KEY, its index by ``key``."""
+    """A path as it is published; its narinfo is signed by KEY, its index by ``key``.
+
+    ``store_path`` is what it is called, if it is not called ``name``.
+    """
     plain, _ = make_path(name, tree, references)
+    plain = replace(plain, store_path=store_path or plain.store_path)
     nar = b"".join(nar_bytes([*tree_events(tree), NarEnd()]))
     file = io.BytesIO()
     with ThreadPoolExecutor(1) as executor:
         packer = Packer(executor, Compressor(3), CHUNK)
-        packed = packer.pack([nar], [plain.store_path.hash_part], file)
+        named = [plain.store_path, *plain.references]
+        packed = packer.pack([nar], [path.hash_part for path in named], file)
     index = NarIndex(plain.store_path, packed.nar_hash, packed.tree, packed.chunks, StoreDir())
     info = replace(
         plain,

@@ -138,13 +138,13 @@ async def test_no_wrong_chunk_is_ever_shown(cache: MemorySubstituter, make_node:
 async def test_no_flipped_bit_of_a_nar_is_ever_shown(
     cache: MemorySubstituter, make_node: MakeNode
 ) -> None:
-    """A sample; ``scripts/check-every-byte`` tries them all."""
+    """A sample; ``scripts/check-every-byte`` tries them all. Each is of a package of its own: no other is its seed."""
     node = await make_node()
     size = len(published("lazy-0", FLIPPED).file)
     places = range(0, 8 * size, 7) if EVERY_BYTE else random.Random(4).sample(range(8 * size), 24)  # noqa: S311
     shown = 0
     for number, place in enumerate(places):
-        shown += await shown_with_a_flipped_bit(node, cache, f"lazy-{number}", place)
+        shown += await shown_with_a_flipped_bit(node, cache, f"lazy{number}", place)
     # zstd leaves some bits of a frame's header without meaning.
     assert shown < len(places) / 4
 

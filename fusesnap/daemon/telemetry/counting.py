@@ -15,7 +15,7 @@ from typing import Final
 from fusesnap.daemon.telemetry.journal import Batch, CounterKey
 from fusesnap.daemon.telemetry.phases import phase_after
 from fusesnap.daemon.telemetry.records import Phase
-from fusesnap.fetch.events import Asked, FetchEvent, Landed, Part, Received
+from fusesnap.fetch.events import Asked, FetchEvent, Landed, Part, Rebuilt, Received
 from fusesnap.filesystem.error_counts import kind_of
 from fusesnap.filesystem.wait_events import Answered, Blocked, WaitEvent
 from fusesnap.nix.store_path import StorePath
@@ -97,6 +97,10 @@ class Counting:
     def fetch(self, event: FetchEvent) -> None:
         """Something happened to a path."""
         which = event.path, event.part
+        if isinstance(event, Rebuilt):
+            reason = event.priority.name.lower()
+            self.counters.add("fusesnap_rebuilt_bytes", event.size, reason=reason)
+            return
         if isinstance(event, Asked):
             self._fetching[which] = _Fetching(event.priority.name.lower(), self.clock())
             return

@@ -34,6 +34,10 @@ COUNTERS: Final = {
         "Bytes of compressed NARs that came from a cache, by why they were fetched.",
         ("cache", "reason"),
     ),
+    "fusesnap_rebuilt_bytes": Described(
+        "Bytes of compressed NARs that no cache had to send, because they were made of other paths that are here.",
+        ("reason",),
+    ),
     "fusesnap_fetches": Described(
         "Store paths whose fetch has ended: committed, or the kind of the error.",
         ("reason", "outcome"),

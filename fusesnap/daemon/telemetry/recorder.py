@@ -10,7 +10,7 @@ from typing import Final, TypeAlias, TypeVar
 from fusesnap.daemon.telemetry.journal import Batch
 from fusesnap.daemon.telemetry.records import FetchRecord, WaitRecord
 from fusesnap.daemon.telemetry.under_way import LONGEST_ERROR, FetchUnderWay
-from fusesnap.fetch.events import Asked, FetchEvent, Landed, Part
+from fusesnap.fetch.events import Asked, FetchEvent, Landed, Part, Rebuilt
 from fusesnap.filesystem.wait_events import Answered, Blocked, WaitEvent
 from fusesnap.nix.store_path import StorePath
 
@@ -46,7 +46,10 @@ class Recorder:
     def fetch(self, event: FetchEvent) -> None:
         """Something happened to a path."""
         which, now = (event.path, event.part), self._clock()
-        if isinstance(event, Asked):
+        if isinstance(event, Rebuilt):
+            self._numbers += 1
+            fetch = FetchUnderWay.rebuilt(self.session, self._numbers, event, now)
+        elif isinstance(event, Asked):
             self._numbers += 1
             fetch = FetchUnderWay(self.session, self._numbers, event, now)
             self._fetches[which] = fetch

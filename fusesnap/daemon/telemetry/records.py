@@ -12,6 +12,9 @@ from fusesnap.errors import InvalidData
 
 T = TypeVar("T")
 
+# In the place of a cache's URL: chunks that were made of other paths.
+HERE: Final = "paths that were here"
+
 
 class Phase(Enum):
     """What a path does on its way. The values are for scripts and metrics."""

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from fusesnap.daemon.telemetry.records import FetchRecord, Phase, StartRecord, WaitRecord
+from fusesnap.daemon.telemetry.records import HERE, FetchRecord, Phase, StartRecord, WaitRecord
 
 # Seconds without a wait after which what is waited for next is no part of the same start.
 QUIET: Final = 30.0
@@ -111,8 +111,8 @@ class Start:
 
     @property
     def bytes_received(self) -> int:
-        """For this container."""
-        return sum(self.bytes_by_cache.values())
+        """For this container, over the link."""
+        return sum(count for cache, count in self.bytes_by_cache.items() if cache != HERE)
 
     @property
     def transferring(self) -> float:
@@ -388,7 +388,7 @@ def _links(
         return []
     came = [[0.0, 0.0] for _ in range(LINK_STEPS)]
     for fetch in fetches:
-        if not fetch.marks:
+        if not fetch.marks or fetch.attempts[-1].cache == HERE:
             continue
         # Only where its bytes came: there may be thousands of fetches.
         first = max(0, int((fetch.attempts[0].at - began) / step))

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Final
 
 from fusesnap.daemon.telemetry.phases import phase_after
-from fusesnap.daemon.telemetry.records import Attempt, FetchRecord, Phase, Step
-from fusesnap.fetch.events import Asked, FetchEvent, Landed, Received, TransferBegun
+from fusesnap.daemon.telemetry.records import HERE, Attempt, FetchRecord, Phase, Step
+from fusesnap.fetch.events import Asked, FetchEvent, Landed, Rebuilt, Received, TransferBegun
 
 # Marks of one fetch: a small picture of when its bytes came. When there are more, every second is dropped.
 MARKS: Final = 64
@@ -53,6 +53,18 @@ class FetchUnderWay:
         elif isinstance(event, Landed):
             self._landed = now
             self._error = None if event.error is None else str(event.error)[:LONGEST_ERROR]
+
+    @classmethod
+    def rebuilt(cls, session: str, number: int, event: Rebuilt, now: float) -> FetchUnderWay:
+        """One that was over at once: nothing had to come."""
+        found = cls(session, number, Asked(event.path, event.priority, event.part), now)
+        for step in (
+            TransferBegun(event.path, HERE, event.size, part=event.part),
+            Received(event.path, HERE, event.size, event.part),
+            Landed(event.path, part=event.part),
+        ):
+            found.hear(step, now)
+        return found
 
     def _mark(self, now: float) -> None:
         self._marks.append((now, self._received))

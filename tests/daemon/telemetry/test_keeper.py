@@ -22,6 +22,7 @@ from fusesnap.fetch.events import (
     Boarded,
     FetchEvent,
     Landed,
+    Rebuilt,
     Received,
     TransferBegun,
     Verifying,
@@ -100,7 +101,9 @@ async def test_bytes_count_for_the_reader_who_waits_and_else_for_whom_they_were_
         await fetch(kept)
         kept.wait(Answered(1, Unavailable("down")))
         await fetch(kept, Priority.TRACE)
+        kept.fetch(Rebuilt(PATH, Priority.READER, 40, (0, 50)))
     found = counters(tmp_path)
+    assert found[f"fusesnap_rebuilt_bytes{ {'reason': 'reader'} }"] == 40
     for reason in ("prefetch", "reader", "trace"):
         labels = {"cache": CACHE, "reason": reason}
         assert found[f"fusesnap_fetched_bytes{labels}"] == 30

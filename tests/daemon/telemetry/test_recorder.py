@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from fusesnap.daemon.telemetry.journal import Batch
 from fusesnap.daemon.telemetry.recorder import UNWRITTEN, Recorder
-from fusesnap.daemon.telemetry.records import Attempt, FetchRecord, Phase, Step, WaitRecord
+from fusesnap.daemon.telemetry.records import HERE, Attempt, FetchRecord, Phase, Step, WaitRecord
 from fusesnap.daemon.telemetry.under_way import MARKS, STEPS
 from fusesnap.errors import Unavailable
 from fusesnap.fetch.events import (
@@ -17,6 +17,7 @@ from fusesnap.fetch.events import (
     InLine,
     Landed,
     Paused,
+    Rebuilt,
     Received,
     Resumed,
     TransferBegun,
@@ -256,3 +257,17 @@ def test_a_batch_that_is_given_back_comes_again_without_undoing_what_is_newer() 
     again = bench.taken()
     assert [each.landed for each in again.fetches] == [100]
     assert again.waits == batch.waits
+
+
+def test_what_was_made_of_other_paths_is_a_record_that_is_over_at_once() -> None:
+    bench = Bench()
+    bench.recorder.fetch(Asked(PATH, Priority.READER, (0, 50)))
+    bench.recorder.fetch(Rebuilt(PATH, Priority.READER, 40, (0, 50)))
+    _, made = bench.taken().fetches
+    assert (made.landed, made.received, made.part) == (100, 40, (0, 50))
+    assert made.attempts == (Attempt(100, HERE),)
+    bench.recorder.fetch(
+        Landed(PATH, part=(0, 50))
+    )  # the request of the same part is another thing
+    (fetched,) = bench.taken().fetches
+    assert (fetched.number, fetched.attempts) == (1, ())

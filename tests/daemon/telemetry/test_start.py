@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fusesnap.daemon.telemetry.records import Phase, WaitRecord
+from fusesnap.daemon.telemetry.records import HERE, Phase, WaitRecord
 from fusesnap.daemon.telemetry.start import (
     NEAREST,
     QUIET,
@@ -174,6 +174,16 @@ def test_bytes_from_before_the_start_are_not_counted() -> None:
     long = fetch(1, "redis-7.0.15", (-10, -10, -10, 10, 11), 2_000)
     start = start_of([wait(1, long.path, 0.1, 5)], [long], RECORD, CHAIN)
     assert start.bytes_received == pytest.approx(500, abs=1)
+
+
+def test_what_was_made_of_other_paths_did_not_cross_the_link() -> None:
+    here = fetch(1, "redis-7.0.15", (0, 1, 1, 1, 1), 500)
+    here = replace(here, attempts=(replace(here.attempts[0], cache=HERE),))
+    came = replace(fetch(1, "redis-7.0.15", (0, 1, 1, 2, 2), 100), number=2)
+    start = start_of([wait(1, here.path, 0.1, 5)], [here, came], RECORD, CHAIN)
+    assert start.bytes_by_cache == {HERE: 500, CACHE: 100}
+    assert start.bytes_received == 100
+    assert sum(link.mine for link in start.links) == pytest.approx(100)
 
 
 def test_a_fetch_that_was_over_before_is_left_out() -> None:
