@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,8 @@ INSTALLATION = (
     ),
     *("sysvinit-utils", "tar", "ucf"),
 )
+# In what the C library says when it is run as a program.
+REBUILT = b"GNU C Library", b"gnu C Library"
 BUILDER = Path(__file__).with_name("package_builder.py")
 _RELATION = re.compile(r" ([ |])(?:Pre)?Depends: (<?)([^\s:>]+)")
 _PROVIDER = re.compile(r" {4}([^\s:<]+)")
@@ -42,13 +45,18 @@ class Package:
     dependencies: tuple[str, ...]
 
 
-def debian_closure(store: NixStore, name: str, packages: Sequence[str]) -> Closure:
+def debian_closure(
+    store: NixStore, name: str, packages: Sequence[str], *, rebuilt: str = ""
+) -> Closure:
     """The closure of an environment ``name`` whose ``bin/`` links to every program of ``packages``.
 
     A package's ELF files have interpreter and RUNPATH in the store, as nixpkgs has them, so a root file system with
     nothing but the closure can run them. What was built once is found again without asking apt.
+
+    ``rebuilt`` names a package of which one file says something else, as after a small fix: it and everything above it
+    has another hash part.
     """
-    memory = store.directory / f"{name}.closure.json"
+    memory = store.directory / f"{name}{rebuilt and f'-{rebuilt}'}.closure.json"
     made_from = {
         "packages": list(packages),
         "builder": _sha256(BUILDER),
@@ -56,14 +64,16 @@ def debian_closure(store: NixStore, name: str, packages: Sequence[str]) -> Closu
     with store.locked():
         known = json.loads(memory.read_text()) if memory.exists() else {}
         if known.get("made_from") != made_from or not store.has(known["root"]):
-            known = {"made_from": made_from, "root": _build(store, name, packages)}
+            known = {"made_from": made_from, "root": _build(store, name, packages, rebuilt)}
             memory.write_text(json.dumps(known))
     return store.closure(known["root"])
 
 
-def _build(store: NixStore, name: str, packages: Sequence[str]) -> str:
+def _build(store: NixStore, name: str, packages: Sequence[str], rebuilt: str) -> str:
     resolved = _resolve(packages)
     archives = fetch_archives(resolved, store.directory / "archives")
+    if rebuilt:
+        archives[rebuilt] = _rebuild(archives[rebuilt], store.directory / "rebuilt")
     needed = [Package(each, archives[each], resolved[each]) for each in resolved]
     return store.build(environment_expression(name, packages, needed))
 
@@ -82,6 +92,25 @@ def fetch_archives(packages: Iterable[str], directory: Path) -> dict[str, Path]:
     if missing:
         _apt("apt-get", "download", "--quiet", *missing, cwd=directory)
     return archives
+
+
+def _rebuild(archive: Path, directory: Path) -> Path:
+    """The same package with one byte of its largest file changed, in what a program says of itself."""
+    tree = directory / archive.stem
+    shutil.rmtree(tree, ignore_errors=True)
+    tree.mkdir(parents=True)
+    run(["dpkg-deb", "--raw-extract", archive, tree])
+    files = [file for file in tree.rglob("*") if file.is_file() and not file.is_symlink()]
+    largest = max(files, key=lambda file: file.stat().st_size)
+    said, says = REBUILT
+    data = largest.read_bytes()
+    if said not in data:
+        raise ValueError(f"{archive.name}: {largest.name} does not say {said.decode()!r}")
+    largest.write_bytes(data.replace(said, says, 1))
+    result = directory / archive.name
+    run(["dpkg-deb", "--build", tree, result], timeout=300)
+    shutil.rmtree(tree)
+    return result
 
 
 def _resolve(packages: Sequence[str]) -> dict[str, tuple[str, ...]]:

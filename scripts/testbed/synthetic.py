@@ -43,15 +43,19 @@ class SimpleClosure:
     unused: str
 
 
-def simple_closure(store: NixStore) -> SimpleClosure:
-    """Build the closure, or find it again."""
-    memory = store.directory / "simple.closure.json"
+def simple_closure(store: NixStore, generation: str = "") -> SimpleClosure:
+    """Build the closure, or find it again.
+
+    In another ``generation`` ``busybox`` and ``file`` were built anew, with the same contents: they and what refers to
+    them have other hash parts, and nothing else differs.
+    """
+    memory = store.directory / f"simple{generation}.closure.json"
     made_from = hashlib.sha256(BUILDER.read_bytes() + Path(__file__).read_bytes()).hexdigest()
     with store.locked():
         known = json.loads(memory.read_text()) if memory.exists() else {}
         if known.get("made_from") != made_from or not store.has(known["root"]):
             archives = fetch_archives(["busybox-static"], store.directory / "archives")
-            root = store.build(_expression(archives["busybox-static"]))
+            root = store.build(_expression(archives["busybox-static"], generation))
             known = {"made_from": made_from, "root": root}
             memory.write_text(json.dumps(known))
     return describe(store, known["root"])
@@ -65,7 +69,8 @@ def describe(store: NixStore, root: str) -> SimpleClosure:
     )
 
 
-def _expression(busybox: Path) -> str:
+def _expression(busybox: Path, generation: str) -> str:
+    anew = f"generation = {nix_string(generation)};" if generation else ""
     return f"""
     let
       builder = builtins.path {{ path = {nix_string(str(BUILDER))}; name = "{BUILDER.name}"; }};
@@ -78,8 +83,9 @@ def _expression(busybox: Path) -> str:
       paths = rec {{
         busybox = make "busybox" {{
           archive = builtins.path {{ path = {nix_string(str(busybox))}; name = "archive.deb"; }};
+          {anew}
         }};
-        file = make "file" {{ }};
+        file = make "file" {{ {anew} }};
         script = make "script" {{ inherit busybox; }};
         empty = make "empty" {{ }};
         text = builtins.toFile "text" "a text that is its own address\\n";
