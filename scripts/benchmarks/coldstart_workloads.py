@@ -109,10 +109,11 @@ class Built:
     closure: Closure
 
     @classmethod
-    def make(cls, workload: Workload, store: NixStore) -> Built:
-        """Build the closure; it is kept for the next time."""
+    def make(cls, workload: Workload, store: NixStore, *, rebuilt: str = "") -> Built:
+        """Build the closure; it is kept for the next time. ``rebuilt`` is a package of it that is built anew."""
         name = f"cold-{workload.name}"
-        return cls(workload, store, debian_closure(store, name, workload.packages))
+        closure = debian_closure(store, name, workload.packages, rebuilt=rebuilt)
+        return cls(workload, store, closure)
 
     @property
     def environment(self) -> dict[str, str]:
