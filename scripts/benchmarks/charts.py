@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from html import escape
 
 WIDTH, LEFT, RIGHT = 760, 210, 70
-BAR, GAP, GROUP = 16, 5, 34  # heights
+BAR, GAP, GROUP, LINE = 16, 5, 34, 15  # heights
 FONT = "font-family: system-ui, sans-serif; font-size: 12px"
 STYLE = f"""
 text {{ {FONT}; fill: #24292f }} .title {{ font-weight: 600; font-size: 14px }}
@@ -40,18 +40,23 @@ class Group:
 
 
 def bar_chart(title: str, groups: Sequence[Group], footer: str) -> str:
-    """A chart of all groups on one scale from zero."""
+    """A chart of all groups on one scale from zero, and the lines of ``footer`` below."""
     most = max(max(bar.seconds) for group in groups for bar in group.bars)
     step = next(step for step in _steps() if most / step <= 8)
     scale = (WIDTH - LEFT - RIGHT) / most
-    height = 58 + sum(GROUP + len(group.bars) * (BAR + GAP) for group in groups) + 30
+    bottom = 58 + sum(GROUP + len(group.bars) * (BAR + GAP) for group in groups) + 30
     parts = [f'<text class="title" x="12" y="22">{escape(title)}</text>']
-    parts += _grid(most, step, scale, height)
+    parts += _grid(most, step, scale, bottom)
     top = 40
     for group in groups:
         parts += _group(group, top, scale)
         top += GROUP + len(group.bars) * (BAR + GAP)
-    parts.append(f'<text class="small" x="12" y="{height - 10}">{escape(footer)}</text>')
+    lines = footer.splitlines()
+    parts += [
+        f'<text class="small" x="12" y="{bottom - 10 + number * LINE}">{escape(line)}</text>'
+        for number, line in enumerate(lines)
+    ]
+    height = bottom + (len(lines) - 1) * LINE
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" role="img" '
         f'width="{WIDTH}" height="{height}"><title>{escape(title)}</title>'

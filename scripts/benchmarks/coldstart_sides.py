@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from testbed.binary_cache import SigningKey
+from testbed.binary_cache import HttpCache, SigningKey
 from testbed.containerd import Containerd, containerd
 from testbed.fusesnap_daemon import Source, fusesnap_daemon, prefetch
 from testbed.link_process import RunningLink
@@ -32,7 +32,10 @@ class Started:
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """What all starts of one workload share. ``references`` are of images by their kind, over the link."""
+    """What all starts of one workload share. ``references`` are of images by their kind, over the link.
+
+    ``caches`` are the binary caches at its other end, by name.
+    """
 
     built: Built
     link: RunningLink
@@ -40,6 +43,7 @@ class Scene:
     references: dict[str, str]
     local_source: Source
     local_reference: str
+    caches: Mapping[str, HttpCache]
 
     def source(self, cache: str) -> Source:
         """A binary cache over the link."""
@@ -58,6 +62,9 @@ class Side(ABC):
     ) -> contextlib.AbstractContextManager[Callable[[], list[str]]]:
         """A machine that has nothing. What it gives fetches what is needed first and returns the command to run."""
 
+    def first_output(self) -> None:  # noqa: B027 - most have nothing to do then
+        """Called when the container has said something, and its time was taken."""
+
 
 def start(side: Side, scene: Scene, directory: Path) -> Started:
     """Start once. Raises CommandFailed where the output is not what is expected."""
@@ -71,6 +78,7 @@ def start(side: Side, scene: Scene, directory: Path) -> Started:
         def stop() -> None:
             seconds = time.monotonic() - began
             ends.append(Started(seconds, scene.link.down() - crossed))
+            side.first_output()
 
         output = run_until_output(prepare(), stop, timeout=START_SECONDS)
     expected = scene.built.workload.output
@@ -92,7 +100,7 @@ class Fusesnap(Side):
 
     def __init__(self, name: str, cache: str, options: Sequence[str] = ()) -> None:
         self.name = name
-        self._cache = cache
+        self.cache = cache
         self._options = options
 
     @contextlib.contextmanager
@@ -101,7 +109,7 @@ class Fusesnap(Side):
         with (
             fusesnap_daemon(
                 directory / "s",
-                source=scene.source(self._cache),
+                source=scene.source(self.cache),
                 options=self._options,
                 complete=True,  # as it comes
             ) as daemon,

@@ -13,7 +13,8 @@ from testbed.binary_cache import SigningKey, signing_key
 from testbed.registry import Registry, registry
 from testbed.workplace import default_work, run_directory
 
-from benchmarks.coldstart import PROFILES, Profile, make_ready, scene
+from benchmarks.coldstart import PROFILES, make_ready, scene
+from benchmarks.coldstart_goals import Profile
 from benchmarks.coldstart_sides import Fusesnap, Started, start
 from benchmarks.coldstart_workloads import WORKLOADS
 

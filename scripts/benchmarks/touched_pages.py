@@ -24,6 +24,7 @@ from testbed.processes import run
 from benchmarks.coldstart_workloads import Built
 
 PAGE = mmap.PAGESIZE
+FILE_LEVEL = 9  # of zstd: what an image that can be read lazily is usually written with
 LEVEL, WINDOW_LOG = 19, 27  # of zstd: as small as it makes one stream
 SPARE = 256 << 20  # bytes of the file system beside the files
 
@@ -49,7 +50,20 @@ class Touched:
     compressed: int
 
 
-def touched(built: Built, directory: Path, roundings: Sequence[int]) -> list[Touched]:
+@dataclass(frozen=True, slots=True)
+class Footprint:
+    """What one start touched.
+
+    ``files``: bytes of the files of which it has read a page, each compressed whole by itself. ``paths``: the store
+    paths that have them.
+    """
+
+    pages: list[Touched]
+    files: int
+    paths: frozenset[str]
+
+
+def touched(built: Built, directory: Path, roundings: Sequence[int]) -> Footprint:
     """Run the workload once, and compress what it has touched, once for each rounding (bytes)."""
     request = Request(
         str(built.store.directory / "nix/store"),
@@ -63,7 +77,13 @@ def touched(built: Built, directory: Path, roundings: Sequence[int]) -> list[Tou
     environment = {"PYTHONPATH": str(Path(__file__).parents[1])}
     answer = run(["unshare", "--mount", "--pid", "--fork", *module], env=environment, timeout=600)
     extents = json.loads(answer)
-    return [_compressed(built, extents, rounding) for rounding in roundings]
+    compressor = zstandard.ZstdCompressor(level=FILE_LEVEL)
+    files = [(built.store.directory / name).read_bytes() for name in extents]
+    return Footprint(
+        [_compressed(built, extents, rounding) for rounding in roundings],
+        sum(len(compressor.compress(data)) for data in files),
+        frozenset(f"/{'/'.join(Path(name).parts[:3])}" for name in extents),
+    )
 
 
 def _compressed(built: Built, pages: dict[str, list[int]], rounding: int) -> Touched:

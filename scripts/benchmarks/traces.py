@@ -27,7 +27,8 @@ from testbed.synthetic import simple_closure
 from testbed.workplace import default_work, run_directory
 
 from benchmarks import relay
-from benchmarks.coldstart import PROFILES, Profile, machine, make_ready, scene
+from benchmarks.coldstart import PROFILES, machine, make_ready, scene
+from benchmarks.coldstart_goals import Profile
 from benchmarks.coldstart_sides import Fusesnap, Scene, Started, start
 from benchmarks.coldstart_workloads import WORKLOADS
 from fusesnap.daemon import control
