@@ -69,8 +69,8 @@ nothing of; a published cache at most 1.5 of what an optimised eStargz would (tw
 reads as zstd -9, the warm start); with a trace or a bundle 1.3 of the limit of pages; over 1000 Mbit/s and 1 ms no more
 than the quickest OCI pull.
 
-One round of the shell with all sides takes 50 s over 1000 Mbit/s, 55 s over 100, 80 s over 20, with what is built for
-it on two processors (the closure is kept); larger closures take longer.
+One round of the shell with all sides takes 50 s over 1000 Mbit/s, 55 s over 100, 80 s over 20 and 170 s over 5, with
+what is built for it on two processors (the closure is kept); larger closures take longer.
 Choose with --workload, --profile, --side and --rounds.
 """
 ROUNDING = 16 * 1024  # bytes; as startup traces round extents

@@ -49,7 +49,7 @@ class Goal:
 
     def __str__(self) -> str:
         word = "met" if self.met else "not met"
-        return f"{self.name}: {self.ratio:.2f}, at most {self.most:g}: {word}"
+        return f"{self.name}: {self.ratio:.3f}, at most {self.most:g}: {word}"
 
 
 @dataclass(frozen=True, slots=True)
