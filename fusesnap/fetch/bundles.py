@@ -52,6 +52,10 @@ class BundleCache(Protocol):
         """Its name in messages."""
         ...
 
+    def remember(self, infos: Iterable[NarInfo]) -> None:
+        """These narinfos are its own."""
+        ...
+
     def stream(
         self, file: StoredFile, bookmark: Bookmark
     ) -> AbstractAsyncContextManager[AsyncIterator[bytes]]:
@@ -153,6 +157,7 @@ class Bundles:
         async def take(header: BundleHeader) -> Mapping[StorePath, ChunkedPath]:
             if header.closure != closure:
                 raise InvalidData(f"startup bundle of closure {header.closure}, expected {closure}")
+            cache.remember(header.narinfos)
             found = await self._take_over(header)
             search.brings = bool(found)
             return found

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Iterator
 from contextlib import (
     AbstractAsyncContextManager,
     aclosing,
@@ -193,6 +193,11 @@ class WatchedSubstituter:
     ) -> AbstractAsyncContextManager[AsyncIterator[bytes]]:
         """The NAR, without learning from how it goes: who reads it tells that."""
         return self._substituter.nar(info, retries, bookmark)
+
+    def remember(self, infos: Iterable[NarInfo]) -> None:
+        """It has said these, in another file than theirs; whoever asks for one need not ask again."""
+        for info in infos:
+            self._narinfo_cache.remember(self.url, info.store_path, info)
 
     @asynccontextmanager
     async def stream(
