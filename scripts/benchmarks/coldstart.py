@@ -66,7 +66,7 @@ the highest level over the link, and the same start with everything local and wa
 What is asked of our starts is said to be met or not, as far as the sides that ran can say it: a stock cache takes at
 most 0.9 of what realising the closure takes, and half where half of its bytes are of store paths that the start reads
 nothing of; a published cache at most 1.5 of what an optimised eStargz would (two round trips, the files that the start
-reads as zstd -9, the warm start); with a trace or a bundle 1.3 of the limit of pages; over 1000 Mbit/s and 1 ms no more
+reads as zstd -9, the warm start); with a trace or a bundle 1.3 of that limit; over 1000 Mbit/s and 1 ms no more
 than the quickest OCI pull.
 
 One round of the shell with all sides takes 50 s over 1000 Mbit/s, 55 s over 100, 80 s over 20 and 170 s over 5, with
@@ -103,7 +103,7 @@ class Result:
     def bars(self) -> Bars:
         """What the starts are held against."""
         stargz = self.profile.seconds(self.footprint.files) + self.median(Warm.name)
-        return Bars(self.limits()[PAGE], stargz, self.untouched)
+        return Bars(self.limits()[ROUNDING], stargz, self.untouched)
 
     def goals(self) -> list[Goal]:
         """What was asked of our starts, as far as the sides of this run can say it."""
