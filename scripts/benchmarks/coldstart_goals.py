@@ -56,9 +56,10 @@ class Goal:
 class Bars:
     """What starts over one link are held against, in seconds.
 
-    ``least``: two round trips, the touched pages as a bundle rounds them, the warm start. ``stargz``: an optimised eStargz, which fetches the
-    files that the start opens whole, and before it: two round trips, these files, the warm start. ``untouched``: the
-    share of the closure's bytes in the stock cache that belong to store paths of which the start reads no page.
+    ``least``: two round trips, the touched pages as a bundle rounds them, the warm start. ``stargz``: an optimised
+    eStargz, which fetches the files that the start opens whole, and before it: two round trips, these files, the warm
+    start. ``untouched``: the share of the closure's bytes in the stock cache that belong to store paths of which the
+    start reads no page.
     """
 
     least: float
