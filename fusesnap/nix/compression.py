@@ -323,3 +323,17 @@ def _is_installed(module: str) -> bool:
     except ImportError:
         return False
     return True
+
+
+def unfold(frame: bytes, most: int, what: str) -> bytes:
+    """What one zstd frame holds, which has to say how much that is; ``what`` begins messages.
+
+    Raises :class:`InvalidData` where that is more than ``most`` bytes, or it cannot be decompressed.
+    """
+    try:
+        size = zstandard.frame_content_size(frame)
+        if not 0 <= size <= most:
+            raise InvalidData(f"{what} unfolds to {size} bytes, expected 0 to {most}")
+        return zstandard.ZstdDecompressor().decompress(frame, allow_extra_data=False)
+    except zstandard.ZstdError as error:
+        raise InvalidData(f"{what} cannot be decompressed: {error}") from None

@@ -12,15 +12,16 @@ from typing import Final
 import zstandard
 from google.protobuf.message import DecodeError
 
-from fusesnap.errors import ContentMismatch, InvalidData, UntrustedPath
+from fusesnap.errors import ContentMismatch, InvalidData
 from fusesnap.nix.api import nar_index_pb2 as api
 from fusesnap.nix.chunk_table import ChunkTable
+from fusesnap.nix.compression import unfold
 from fusesnap.nix.hash import Hash, HashAlgorithm
 from fusesnap.nix.hash_parts import Occurrence
 from fusesnap.nix.narinfo import NarInfo
 from fusesnap.nix.packed_tree import PackedTree, pack_tree, unpack_tree
-from fusesnap.nix.quoting import quote
-from fusesnap.nix.signature import SIGNATURE_SIZE, SecretKey, Signature, TrustedKeys
+from fusesnap.nix.signature import SecretKey, TrustedKeys
+from fusesnap.nix.signed_file import SignedFile
 from fusesnap.nix.store_path import HASH_PART_LENGTH, StoreDir, StorePath
 from fusesnap.nix.tree import Tree
 
@@ -33,7 +34,7 @@ MAX_INDEX_SIZE: Final = 64 * 1024 * 1024
 MAX_MESSAGE_SIZE: Final = 256 * 1024 * 1024
 # Written once and read everywhere.
 _LEVEL: Final = 19
-_HEADER_SIZE: Final = len(MAGIC) + 2
+_SIGNED: Final = SignedFile("index", MAGIC, VERSION)
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,8 +71,7 @@ class NarIndex:
         """Write it, signed with ``key``."""
         message = _to_message(self).SerializeToString(deterministic=True)
         body = zstandard.ZstdCompressor(level=_LEVEL).compress(message)
-        header = _header(key.name)
-        return header + key.sign(header + body).signature + body
+        return _SIGNED.sign(body, key) + body
 
 
 def parse_nar_index(data: bytes, keys: TrustedKeys, store_dir: StoreDir) -> NarIndex:
@@ -82,49 +82,11 @@ def parse_nar_index(data: bytes, keys: TrustedKeys, store_dir: StoreDir) -> NarI
     """
     if len(data) > MAX_INDEX_SIZE:
         raise InvalidData(f"index has {len(data)} bytes, expected at most {MAX_INDEX_SIZE}")
-    body = _verified_body(data, keys)
+    message = unfold(_SIGNED.verified(data, keys), MAX_MESSAGE_SIZE, "index")
     try:
-        return _from_message(api.NarIndex.FromString(_decompress(body)), store_dir)
+        return _from_message(api.NarIndex.FromString(message), store_dir)
     except DecodeError as error:
         raise InvalidData(f"index: not the message that it should be: {error}") from None
-
-
-def _header(key_name: str) -> bytes:
-    name = key_name.encode()
-    if not 0 < len(name) < 256:  # noqa: PLR2004 - its length is one byte
-        raise InvalidData(f"name of key {quote(name)} has {len(name)} bytes, expected 1 to 255")
-    return MAGIC + bytes((VERSION, len(name))) + name
-
-
-def _verified_body(data: bytes, keys: TrustedKeys) -> bytes:
-    """Return what follows the signature, once that is known to be good."""
-    if not data.startswith(MAGIC):
-        raise InvalidData(f"index begins with {quote(data[:9])}, expected {quote(MAGIC)}")
-    if len(data) < _HEADER_SIZE:
-        raise InvalidData(f"index is cut short after {len(data)} bytes")
-    version, length = data[len(MAGIC) : _HEADER_SIZE]
-    if version != VERSION:
-        raise InvalidData(f"index has version {version}, expected {VERSION}")
-    header = data[: _HEADER_SIZE + length]
-    body = data[len(header) + SIGNATURE_SIZE :]
-    name = header[_HEADER_SIZE:].decode("utf-8", "backslashreplace")
-    signature = Signature(name, data[len(header) : len(header) + SIGNATURE_SIZE])
-    named = keys.named(name)
-    if not named:
-        raise UntrustedPath(f"index is signed by {quote(name)}, not trusted")
-    if not any(key.verify(header + body, signature) for key in named):
-        raise UntrustedPath(f"index: the signature by trusted key {quote(name)} is wrong")
-    return body
-
-
-def _decompress(body: bytes) -> bytes:
-    try:
-        size = zstandard.frame_content_size(body)
-        if not 0 <= size <= MAX_MESSAGE_SIZE:
-            raise InvalidData(f"index unfolds to {size} bytes, expected 0 to {MAX_MESSAGE_SIZE}")
-        return zstandard.ZstdDecompressor().decompress(body, allow_extra_data=False)
-    except zstandard.ZstdError as error:
-        raise InvalidData(f"index: cannot be decompressed: {error}") from None
 
 
 def _to_message(index: NarIndex) -> api.NarIndex:

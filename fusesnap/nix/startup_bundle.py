@@ -14,13 +14,13 @@ from typing import Final
 import zstandard
 from google.protobuf.message import DecodeError
 
-from fusesnap.errors import ContentMismatch, InvalidData, UntrustedPath
+from fusesnap.errors import ContentMismatch, InvalidData
 from fusesnap.nix.api import startup_bundle_pb2 as api
 from fusesnap.nix.closure_digest import ClosureDigest
-from fusesnap.nix.compression import ZSTD_MAX_WINDOW, decompressor
+from fusesnap.nix.compression import ZSTD_MAX_WINDOW, decompressor, unfold
 from fusesnap.nix.narinfo import MAX_NARINFO_SIZE, NarInfo, parse_narinfo
-from fusesnap.nix.quoting import quote
-from fusesnap.nix.signature import SIGNATURE_SIZE, SecretKey, Signature, TrustedKeys
+from fusesnap.nix.signature import SecretKey, TrustedKeys
+from fusesnap.nix.signed_file import SignedFile
 from fusesnap.nix.store_path import StoreDir, StorePath
 
 MAGIC: Final = b"STARTUP-BUNDLE"
@@ -39,7 +39,7 @@ MAX_EXTENTS: Final = 65_536  # as many as a trace has
 MAX_PATHS: Final = 65_536  # as many as a closure may have
 MAX_BUNDLE_SIZE: Final = MAX_HEADER_SIZE + MAX_STREAM_SIZE + 1024
 DIGEST_SIZE: Final = hashlib.sha256().digest_size
-_FIXED_SIZE: Final = len(MAGIC) + 2
+_SIGNED: Final = SignedFile("startup bundle", MAGIC, VERSION)
 _LENGTH_SIZE: Final = 4
 # Written once and read everywhere.
 _LEVEL: Final = 19
@@ -127,9 +127,8 @@ def write_bundle(
         raise InvalidData(
             f"startup bundle: its header has {len(body)} bytes, expected at most {MAX_HEADER_SIZE}"
         )
-    start = _start(key.name)
-    length = len(body).to_bytes(_LENGTH_SIZE, "little")
-    return start + key.sign(start + length + body).signature + length + body + stream
+    content = len(body).to_bytes(_LENGTH_SIZE, "little") + body
+    return _SIGNED.sign(content, key) + content + stream
 
 
 class BundleParser:
@@ -188,7 +187,8 @@ class BundleParser:
             )
 
     def _read_header(self, data: bytes) -> BundleHeader:
-        message = _decompress(_verified_body(data, self._keys))
+        body = _SIGNED.verified(data, self._keys)[_LENGTH_SIZE:]
+        message = unfold(body, MAX_MESSAGE_SIZE, "startup bundle: its header")
         try:
             return _from_message(api.StartupBundle.FromString(message), self._store_dir)
         except DecodeError as error:
@@ -223,58 +223,18 @@ def _compress(content: bytes) -> bytes:
     return zstandard.ZstdCompressor(compression_params=parameters).compress(content)
 
 
-def _start(key_name: str) -> bytes:
-    name = key_name.encode()
-    if not 0 < len(name) < 256:  # noqa: PLR2004 - its length is one byte
-        raise InvalidData(f"name of key {quote(name)} has {len(name)} bytes, expected 1 to 255")
-    return MAGIC + bytes((VERSION, len(name))) + name
-
-
 def _header_end(data: bytearray) -> int | None:
     """Where the header ends of a file that begins with ``data``; ``None`` where that cannot be said yet."""
-    if not data.startswith(MAGIC[: len(data)]):
-        raise InvalidData(
-            f"startup bundle begins with {quote(bytes(data[: len(MAGIC)]))}, expected {quote(MAGIC)}"
-        )
-    if len(data) < _FIXED_SIZE:
+    content = _SIGNED.content_start(data)
+    if content is None or len(data) < content + _LENGTH_SIZE:
         return None
-    version, name_length = data[len(MAGIC) : _FIXED_SIZE]
-    if version != VERSION:
-        raise InvalidData(f"startup bundle has version {version}, expected {VERSION}")
-    body = _FIXED_SIZE + name_length + SIGNATURE_SIZE + _LENGTH_SIZE
-    if len(data) < body:
-        return None
-    length = int.from_bytes(data[body - _LENGTH_SIZE : body], "little")
+    body = content + _LENGTH_SIZE
+    length = int.from_bytes(data[content:body], "little")
     if length > MAX_HEADER_SIZE:
         raise InvalidData(
             f"startup bundle: its header has {length} bytes, expected at most {MAX_HEADER_SIZE}"
         )
     return body + length
-
-
-def _verified_body(data: bytes, keys: TrustedKeys) -> bytes:
-    start = data[: _FIXED_SIZE + data[len(MAGIC) + 1]]
-    signed = data[len(start) + SIGNATURE_SIZE :]
-    name = start[_FIXED_SIZE:].decode("utf-8", "backslashreplace")
-    signature = Signature(name, data[len(start) : len(start) + SIGNATURE_SIZE])
-    named = keys.named(name)
-    if not named:
-        raise UntrustedPath(f"startup bundle is signed by {quote(name)}, not trusted")
-    if not any(key.verify(start + signed, signature) for key in named):
-        raise UntrustedPath(f"startup bundle: the signature by trusted key {quote(name)} is wrong")
-    return signed[_LENGTH_SIZE:]
-
-
-def _decompress(body: bytes) -> bytes:
-    try:
-        size = zstandard.frame_content_size(body)
-        if not 0 <= size <= MAX_MESSAGE_SIZE:
-            raise InvalidData(
-                f"startup bundle: its header unfolds to {size} bytes, expected 0 to {MAX_MESSAGE_SIZE}"
-            )
-        return zstandard.ZstdDecompressor().decompress(body, allow_extra_data=False)
-    except zstandard.ZstdError as error:
-        raise InvalidData(f"startup bundle: its header cannot be decompressed: {error}") from None
 
 
 def _to_message(header: BundleHeader, store_dir: StoreDir) -> api.StartupBundle:
