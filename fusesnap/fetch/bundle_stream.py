@@ -142,22 +142,22 @@ class BundleStream:
         Raises what ``take`` and ``read`` raise, ``UntrustedPath`` and ``InvalidData`` for what is wrong with the
         bundle, ``StorageFailure``, and ``DeadlineExceeded`` where it is too slow. What was verified before stays.
         """
-        failure: FusesnapError | None = Unavailable(f"{self._source}: the process ends")
-        ends = True
+        ended: FusesnapError = Unavailable(f"{self._source}: the process ends")
+        failure: FusesnapError | None = ended
         try:
             with self._scope:
                 await self._run(read)
-            failure, ends = None, False
+            failure = None
             if self._given_up is not None:
                 raise DeadlineExceeded(f"{self._source}: startup bundle: {self._given_up}")
         except PauseLost as error:
-            failure, ends = Unavailable(str(error)), False
+            failure = Unavailable(str(error))
             raise failure from error
         except FusesnapError as error:
-            failure, ends = error, False
+            failure = error
             raise
         finally:
-            self._withdraw(failure, and_ask=not ends)
+            self._withdraw(failure, and_ask=failure is not ended)
 
     async def _run(self, read: Read) -> None:
         failure: FusesnapError | PauseLost | None = None

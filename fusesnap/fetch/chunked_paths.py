@@ -118,17 +118,12 @@ class ChunkedPaths:
             return known
         async with self._alone(path):
             try:
-                found = await self._saved(pin) or await self._parsed(pin, data)
+                found = await self._saved(pin) or await self._by_index(pin, data)
             except FusesnapError as error:
                 log.warning("%s: its index in a startup bundle is not used: %s", path, error)
                 return None
             self._keep(path, found)
             return found
-
-    async def _parsed(self, pin: Pin, data: bytes) -> ChunkedPath:
-        index = await self._parse(data)
-        index.check_matches(pin.info)
-        return await self._opened(pin, index, data)
 
     async def begun(self, path: StorePath) -> ChunkedPath | None:
         """``path``, if enough of it is here that the rest is better had by the chunk.
@@ -221,12 +216,14 @@ class ChunkedPaths:
         if data is None:
             return None
         try:
-            index = await self._parse(data)
-            index.check_matches(pin.info)
+            index = await self._parse(data, pin.info)
         except (InvalidData, UntrustedPath) as error:
             log.warning("%s: the index that is here is of no use any more: %s", path, error)
             return None
         return await self._opened(pin, index, data)
+
+    async def _by_index(self, pin: Pin, data: bytes) -> ChunkedPath:
+        return await self._opened(pin, await self._parse(data, pin.info), data)
 
     async def _offered(self, path: StorePath) -> ChunkedPath | None:
         """By the index that the cache has which is asked first; raises what is wrong with it."""
@@ -241,16 +238,18 @@ class ChunkedPaths:
             reference.url, min(reference.size, MAX_INDEX_SIZE)
         )
         try:
-            index = await self._parse(data)
-            index.check_matches(offer.narinfo)
+            index = await self._parse(data, offer.narinfo)
         except (InvalidData, UntrustedPath) as error:
             raise type(error)(f"{url}: {error}") from None
         return await self._opened(pin, index, data)
 
-    async def _parse(self, data: bytes) -> NarIndex:
-        return await trio.to_thread.run_sync(
+    async def _parse(self, data: bytes, info: NarInfo) -> NarIndex:
+        """The index, which is of the NAR that ``info`` describes."""
+        index = await trio.to_thread.run_sync(
             parse_nar_index, data, self._keys, self._store.store_dir
         )
+        index.check_matches(info)
+        return index
 
     async def _opened(self, pin: Pin, index: NarIndex, data: bytes) -> ChunkedPath:
         rebuilding = Rebuilding(index, self._seeds, self._rebuilders)

@@ -23,8 +23,8 @@ from fusesnap.snapshots.views import Plan
 # Keys under which containerd unpacks layers: "<namespace>/<n>/extract-<unique> <chain id>".
 UNPACK_PREFIX: Final = "extract-"
 
-# Makes an active snapshot: its key, parent, labels, chain, owners and plan; returns its id.
-Insert = Callable[[str, str, Mapping[str, str], Chain, Owners, Plan | None], int]
+# Makes a snapshot: its kind, key, parent, labels, chain, owners and plan, and no idmapped clones; returns its id.
+Insert = Callable[[Kind, str, str, Mapping[str, str], Chain, Owners, Plan | None, None], int]
 
 
 class PromptAnswers:
@@ -83,7 +83,7 @@ class PromptAnswers:
             plan = self._answers.views.known(chain)
             if plan is None or not plan.generation.complete:
                 return None
-        id_ = self._insert(key, parent, labels, chain, owners, plan)
+        id_ = self._insert(Kind.ACTIVE, key, parent, labels, chain, owners, plan, None)
         generation = plan.generation if plan is not None else None
         return self._answers.mounts(id_, Kind.ACTIVE, chain, generation, owners)
 

@@ -102,9 +102,7 @@ class Snapshotter(Snapshots):
         self._answers = Answers(self._directories, farms, store, views, self._idmapped, options)
         self._foresight = Foresight(metastore, views, farms, self._answers.image_layers)
         self._nursery = nursery
-        self.prompt = PromptAnswers(
-            metastore, farms, self._answers, self._nix, self._insert_plainly
-        )
+        self.prompt = PromptAnswers(metastore, farms, self._answers, self._nix, self._insert)
 
     async def recover(self) -> None:
         """Look at what an earlier life has left. To be called once, before any other call but :meth:`remove_leftovers`.
@@ -334,17 +332,6 @@ class Snapshotter(Snapshots):
             if clones is not None:
                 self._idmapped.attach(id_, clones)
         return id_
-
-    def _insert_plainly(
-        self,
-        key: str,
-        parent: str,
-        labels: Mapping[str, str],
-        chain: Chain,
-        owners: Owners,
-        plan: Plan | None,
-    ) -> int:
-        return self._insert(Kind.ACTIVE, key, parent, labels, chain, owners, plan, None)
 
     def _answer_with(
         self, snapshot: Snapshot, chain: Chain, plan: Plan, clones: Clones | None

@@ -133,11 +133,10 @@ class Views:
 
     def known(self, chain: Chain) -> Plan | None:
         """The last view of a chain, if nothing has come or gone since. Blocks for two looks at directories."""
-        known = self._remembered.get(chain.id)
-        if known is None or known.seen is None or known.plan.wanted:
+        known = self._standing(chain)
+        if known is None or known.plan.wanted or not self._is_as_seen(known):
             return None
-        there = self._farms.are_there(known.plan.generation.farms)
-        return known.plan if there and known.seen == self._look() else None
+        return known.plan
 
     async def _plan(self, chain: Chain, image_layers: Sequence[Path], *, complete: bool) -> Plan:
         began = next(self._moments)
@@ -159,10 +158,8 @@ class Views:
         self, chain: Chain, began: int
     ) -> tuple[Plan | None, StoreState | None, set[StorePath]]:
         """The last plan, if it would be the same now; else the state of the store directory, and what is missing."""
-        known = self._remembered.get(chain.id)
-        if known is not None and not self._farms.are_there(known.plan.generation.farms):
-            known = None
-        if known is not None and known.seen is not None and known.seen == self._look():
+        known = self._standing(chain)
+        if known is not None and self._is_as_seen(known):
             return known.plan, known.seen, set()
         seen = self._settled()
         missing = chain.paths.keys() - self._store.committed_among(list(chain.paths))
@@ -170,6 +167,16 @@ class Views:
             return None, seen, missing
         self._remember(chain, _Remembered(known.plan, seen, began))
         return known.plan, seen, missing
+
+    def _standing(self, chain: Chain) -> _Remembered | None:
+        """What is remembered of a chain, if its farms are there."""
+        known = self._remembered.get(chain.id)
+        there = known is not None and self._farms.are_there(known.plan.generation.farms)
+        return known if there else None
+
+    def _is_as_seen(self, known: _Remembered) -> bool:
+        """Whether nothing has come into the store or gone since."""
+        return known.seen is not None and known.seen == self._look()
 
     def _look(self) -> StoreState:
         with storage("look at", self._content):

@@ -214,7 +214,7 @@ class WatchedSubstituter:
 
     async def _counted(self, pieces: AsyncIterator[bytes]) -> AsyncGenerator[bytes]:
         async for piece in pieces:
-            self._bytes_received += len(piece)
+            self.note_piece(len(piece))
             yield piece
 
     def part(
@@ -237,7 +237,7 @@ class WatchedSubstituter:
         self._breaker.abandon()
 
     def note_piece(self, count: int) -> None:
-        """``count`` bytes of a NAR have come."""
+        """``count`` bytes of a file have come."""
         self._bytes_received += count
         if self._error is not None or not self._answered or self._breaker.failures:
             self._note_success()
