@@ -33,6 +33,7 @@ from fusesnap.substituter.base import Bookmark, StoredFile
 log = logging.getLogger(__name__)
 
 _Key = TypeVar("_Key")
+_Value = TypeVar("_Value")
 
 # Seconds for which a cache is not asked again for a bundle that it has not, or that was no good: as for a trace.
 ABSENT_FOR: Final = 3600.0
@@ -96,7 +97,7 @@ class Bundles:
         self._observe = observe
         self._searches: dict[ClosureDigest, _Search] = {}
         self._not_before: dict[tuple[ClosureDigest, str], float] = {}
-        self._taken_until: dict[ClosureDigest, float] = {}
+        self._taken: dict[ClosureDigest, _Taken] = {}
 
     @property
     def are_coming(self) -> bool:
@@ -104,16 +105,16 @@ class Bundles:
         return bool(self._searches)
 
     async def find(self, closure: ClosureDigest, paths: Collection[StorePath]) -> bool:
-        """Return when what a bundle says of ``closure`` is taken over, or there is none; true where it brings
-        the start.
+        """Return when what a bundle of ``closure`` says is taken over, or there is none. True where it brings a start.
 
-        The bytes go on coming after that. Nothing is asked for a closure of which all is here, or of which a bundle
+        Its bytes go on coming after that. Nothing is asked for a closure of which all is here, or of which a bundle
         was taken not long ago.
         """
         search = self._searches.get(closure)
-        if search is None and self._taken_until.get(closure, 0.0) > trio.current_time():
-            return True
         if search is None:
+            taken = self._taken.get(closure)
+            if taken is not None and taken.until > trio.current_time():
+                return taken.brings
             there = await trio.to_thread.run_sync(self._store.committed_among, paths)
             if len(there) == len(paths):
                 return False
@@ -128,13 +129,13 @@ class Bundles:
     async def _search(self, closure: ClosureDigest, search: _Search) -> None:
         try:
             for cache in self._caches:
-                if await self._taken(cache, closure, search):
+                if await self._take_from(cache, closure, search):
                     return
         finally:
             del self._searches[closure]
             search.told.set()
 
-    async def _taken(self, cache: BundleCache, closure: ClosureDigest, search: _Search) -> bool:
+    async def _take_from(self, cache: BundleCache, closure: ClosureDigest, search: _Search) -> bool:
         """Take the bundle that a cache has, to its end; false where it has none that can be used."""
         if self._not_before.get((closure, cache.url), 0.0) > trio.current_time():
             return False
@@ -144,14 +145,19 @@ class Bundles:
                 lambda bookmark: cache.stream(BundleFile(name), bookmark)
             )
         except PathNotFound:
-            _remember(self._not_before, (closure, cache.url), ABSENT_FOR)
+            self._leave_alone(closure, cache)
         except FusesnapError as error:
             log.warning("%s: %s is not used any further: %s", cache.url, name, error)
             if isinstance(error, InvalidData | UntrustedPath):  # a wrong answer stays wrong
-                _remember(self._not_before, (closure, cache.url), ABSENT_FOR)
+                self._leave_alone(closure, cache)
         else:
-            _remember(self._taken_until, closure, TAKEN_FOR)
+            taken = _Taken(trio.current_time() + TAKEN_FOR, search.brings)
+            _remember(self._taken, closure, taken)
         return search.told.is_set()
+
+    def _leave_alone(self, closure: ClosureDigest, cache: BundleCache) -> None:
+        until = trio.current_time() + ABSENT_FOR
+        _remember(self._not_before, (closure, cache.url), until)
 
     def _stream(self, cache: BundleCache, closure: ClosureDigest, search: _Search) -> BundleStream:
         async def take(header: BundleHeader) -> Mapping[StorePath, ChunkedPath]:
@@ -213,12 +219,20 @@ class Bundles:
         return True
 
 
-def _remember(times: dict[_Key, float], key: _Key, seconds: float) -> None:
-    """Until when something of ``key`` is known; the oldest are forgotten."""
-    times.pop(key, None)
-    times[key] = trio.current_time() + seconds
-    while len(times) > _REMEMBERED:
-        del times[next(iter(times))]
+def _remember(known: dict[_Key, _Value], key: _Key, value: _Value) -> None:
+    """Keep ``value``; of too many the oldest are forgotten."""
+    known.pop(key, None)
+    known[key] = value
+    while len(known) > _REMEMBERED:
+        del known[next(iter(known))]
+
+
+@dataclass(frozen=True, slots=True)
+class _Taken:
+    """A bundle that need not be asked for before ``until``; ``brings``: it had bytes of a start, which were missing."""
+
+    until: float
+    brings: bool
 
 
 class _Search:

@@ -17,7 +17,7 @@ from fusesnap.nix.store_path import StoreDir
 from fusesnap.substituter.memory import MemorySubstituter
 
 from ..store.conftest import Tree
-from ..substituter.samples import TRUSTED, secret_key
+from ..substituter.samples import KEY, TRUSTED, secret_key
 from .lazy_node import BIG, TREE, MakeNode, Node, read, until
 from .published import PublishedPath, published, put
 from .streamed import bundled
@@ -83,6 +83,23 @@ async def test_one_request_brings_narinfos_indexes_and_what_the_start_reads(
     await until(lambda: not bundles.are_coming)
     assert await bundles.find(closure, [path.path for path in paths])
     assert file_name(closure) not in cache.requests
+
+
+async def test_one_without_a_start_brings_what_it_says_and_leaves_the_start_to_traces(
+    cache: MemorySubstituter, make_node: MakeNode, bundles_of: Callable[[Node], Bundles]
+) -> None:
+    path = put(cache, published("lazy", TREE))
+    closure = closure_of(path)
+    index = path.index.to_bytes(KEY)
+    header = BundleHeader(closure, (path.info,), ((path.path, index),), ())
+    cache.files[file_name(closure)] = write_bundle(header, (), KEY, StoreDir())
+    node = await make_node()
+    bundles = bundles_of(node)
+    assert not await bundles.find(closure, [path.path])
+    await until(lambda: not bundles.are_coming)
+    assert not await bundles.find(closure, [path.path])
+    assert await read(node, path, b"small", 0, 5) == b"hello"
+    assert [name for name in asked(cache) if name != path.info.url] == [file_name(closure)]
 
 
 async def test_any_number_of_starts_share_one_request(
