@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
@@ -55,15 +56,28 @@ async def begun(
     return taking
 
 
+@pytest.fixture
+def path(cache: MemorySubstituter) -> PublishedPath:
+    return put(cache, published("lazy", TREE))
+
+
+@pytest.fixture
+async def node(make_node: MakeNode, path: PublishedPath) -> Node:
+    return await node_with(make_node, path)
+
+
+@pytest.fixture
+def bundle(path: PublishedPath) -> Bundled:
+    return six_extents(path)
+
+
 def test_an_extent_is_as_large_as_may_be() -> None:
     assert EXTENT == MAX_EXTENT_SIZE
 
 
 async def test_what_a_bundle_brings_nobody_asks_for(
-    cache: MemorySubstituter, make_node: MakeNode, nursery: trio.Nursery
+    node: Node, path: PublishedPath, cache: MemorySubstituter, nursery: trio.Nursery
 ) -> None:
-    path = put(cache, published("lazy", TREE))
-    node = await node_with(make_node, path)
     taking = await begun(node, nursery, six_extents(path))
     await until(lambda: taking.over)
     assert taking.error is None
@@ -77,11 +91,12 @@ async def test_what_a_bundle_brings_nobody_asks_for(
 
 
 async def test_each_extent_is_read_before_the_next_has_come(
-    cache: MemorySubstituter, make_node: MakeNode, nursery: trio.Nursery
+    node: Node,
+    path: PublishedPath,
+    bundle: Bundled,
+    cache: MemorySubstituter,
+    nursery: trio.Nursery,
 ) -> None:
-    path = put(cache, published("lazy", TREE))
-    node = await node_with(make_node, path)
-    bundle = six_extents(path)
     taking = await begun(node, nursery, bundle, bundle.header_end)
     for number, end in enumerate(bundle.ends):
         taking.sender.send(end)
@@ -90,11 +105,12 @@ async def test_each_extent_is_read_before_the_next_has_come(
 
 
 async def test_readers_wait_for_the_stream_and_have_it_urgent_so_long(
-    cache: MemorySubstituter, make_node: MakeNode, nursery: trio.Nursery
+    node: Node,
+    path: PublishedPath,
+    bundle: Bundled,
+    cache: MemorySubstituter,
+    nursery: trio.Nursery,
 ) -> None:
-    path = put(cache, published("lazy", TREE))
-    node = await node_with(make_node, path)
-    bundle = six_extents(path)
     taking = await begun(node, nursery, bundle, bundle.ends[0])
     watched: list[Flight] = []
     start = entry_offset(path, b"big") + 2 * EXTENT
@@ -118,11 +134,12 @@ async def test_readers_wait_for_the_stream_and_have_it_urgent_so_long(
 
 
 async def test_what_no_extent_has_is_asked_for_alone_and_the_stream_goes_on(
-    cache: MemorySubstituter, make_node: MakeNode, nursery: trio.Nursery
+    node: Node,
+    path: PublishedPath,
+    bundle: Bundled,
+    cache: MemorySubstituter,
+    nursery: trio.Nursery,
 ) -> None:
-    path = put(cache, published("lazy", TREE))
-    node = await node_with(make_node, path)
-    bundle = six_extents(path)
     taking = await begun(node, nursery, bundle, bundle.ends[0])
     assert await read(node, path, b"other", 50 * CHUNK, 10) == OTHER_BIG[50 * CHUNK :][:10]
     chunk = path.chunk_of(b"other", 50 * CHUNK)
@@ -134,11 +151,9 @@ async def test_what_no_extent_has_is_asked_for_alone_and_the_stream_goes_on(
 
 
 async def test_a_small_request_pauses_no_stream_however_quick_the_link_is(
-    cache: MemorySubstituter, make_node: MakeNode, nursery: trio.Nursery
+    node: Node, path: PublishedPath, nursery: trio.Nursery
 ) -> None:
     """On a link with next to no delay even one chunk is more than what is on its way."""
-    path = put(cache, published("lazy", TREE))
-    node = await node_with(make_node, path)
     bundle = six_extents(path)
     taking = await begun(node, nursery, bundle, bundle.ends[0])
     passage = taking.stream._passage
@@ -150,10 +165,8 @@ async def test_a_small_request_pauses_no_stream_however_quick_the_link_is(
 
 
 async def test_a_read_that_is_partly_promised_waits_for_both(
-    cache: MemorySubstituter, make_node: MakeNode, nursery: trio.Nursery
+    node: Node, path: PublishedPath, cache: MemorySubstituter, nursery: trio.Nursery
 ) -> None:
-    path = put(cache, published("lazy", TREE))
-    node = await node_with(make_node, path)
     bundle = bundled((path, b"big", 0, EXTENT), (path, b"big", EXTENT, 5 * CHUNK))
     taking = await begun(node, nursery, bundle, bundle.header_end)
     found: list[bytes] = []
@@ -176,11 +189,12 @@ async def test_a_read_that_is_partly_promised_waits_for_both(
 
 
 async def test_a_trace_does_not_ask_for_what_is_promised(
-    cache: MemorySubstituter, make_node: MakeNode, nursery: trio.Nursery
+    node: Node,
+    path: PublishedPath,
+    bundle: Bundled,
+    cache: MemorySubstituter,
+    nursery: trio.Nursery,
 ) -> None:
-    path = put(cache, published("lazy", TREE))
-    node = await node_with(make_node, path)
-    bundle = six_extents(path)
     taking = await begun(node, nursery, bundle, bundle.header_end)
     node.contents.foresee(trace_of(path, (b"big", 0, COUNT * EXTENT)))
     await wait_all_tasks_blocked(0.02)
@@ -246,11 +260,8 @@ async def test_wherever_it_breaks_readers_get_the_right_bytes(
 
 
 async def test_a_damaged_stream_shows_nothing_wrong(
-    cache: MemorySubstituter, make_node: MakeNode, nursery: trio.Nursery
+    node: Node, path: PublishedPath, bundle: Bundled, nursery: trio.Nursery
 ) -> None:
-    path = put(cache, published("lazy", TREE))
-    node = await node_with(make_node, path)
-    bundle = six_extents(path)
     damaged = bytearray(bundle.file)
     damaged[bundle.ends[2] + 1000] ^= 0x40
     taking = Taking(node, Sender(bytes(damaged)))
@@ -261,11 +272,8 @@ async def test_a_damaged_stream_shows_nothing_wrong(
 
 
 async def test_a_stream_that_brings_nothing_is_given_up(
-    cache: MemorySubstituter, make_node: MakeNode, nursery: trio.Nursery, mock_clock: MockClock
+    node: Node, path: PublishedPath, bundle: Bundled, nursery: trio.Nursery, mock_clock: MockClock
 ) -> None:
-    path = put(cache, published("lazy", TREE))
-    node = await node_with(make_node, path)
-    bundle = six_extents(path)
     taking = await begun(node, nursery, bundle, bundle.ends[0])
     mock_clock.autojump_threshold = 0.2  # not while a thread does something
     began = trio.current_time()
@@ -276,11 +284,8 @@ async def test_a_stream_that_brings_nothing_is_given_up(
 
 
 async def test_a_stream_that_drips_is_given_up_by_whoever_waits(
-    cache: MemorySubstituter, make_node: MakeNode, nursery: trio.Nursery, mock_clock: MockClock
+    node: Node, path: PublishedPath, bundle: Bundled, nursery: trio.Nursery, mock_clock: MockClock
 ) -> None:
-    path = put(cache, published("lazy", TREE))
-    node = await node_with(make_node, path)
-    bundle = six_extents(path)
     taking = await begun(node, nursery, bundle, bundle.ends[0])
     mock_clock.autojump_threshold = 0.2
 
@@ -295,11 +300,12 @@ async def test_a_stream_that_drips_is_given_up_by_whoever_waits(
 
 
 async def test_a_reader_of_something_else_pauses_it_and_it_goes_on_where_it_was(
-    cache: MemorySubstituter, make_node: MakeNode, nursery: trio.Nursery
+    node: Node,
+    path: PublishedPath,
+    bundle: Bundled,
+    cache: MemorySubstituter,
+    nursery: trio.Nursery,
 ) -> None:
-    path = put(cache, published("lazy", TREE))
-    node = await node_with(make_node, path)
-    bundle = six_extents(path)
     for ranges in (True, False):
         sender = Sender(bundle.file, bundle.ends[1])
         sender.ranges = ranges
@@ -322,11 +328,13 @@ async def test_a_reader_of_something_else_pauses_it_and_it_goes_on_where_it_was(
 
 
 async def test_what_came_is_there_for_the_next_process(
-    cache: MemorySubstituter, make_node: MakeNode, nursery: trio.Nursery
+    node: Node,
+    path: PublishedPath,
+    bundle: Bundled,
+    cache: MemorySubstituter,
+    make_node: MakeNode,
+    nursery: trio.Nursery,
 ) -> None:
-    path = put(cache, published("lazy", TREE))
-    node = await node_with(make_node, path)
-    bundle = six_extents(path)
     await begun(node, nursery, bundle, bundle.ends[3])
     node = await make_node()
     await reads_right(node, path, 0, 1, 2, 3)
@@ -341,10 +349,8 @@ async def test_what_came_is_there_for_the_next_process(
 
 
 async def test_what_extents_have_completion_does_not_fetch(
-    cache: MemorySubstituter, make_node: MakeNode, nursery: trio.Nursery
+    node: Node, path: PublishedPath, cache: MemorySubstituter, nursery: trio.Nursery
 ) -> None:
-    path = put(cache, published("lazy", TREE))
-    node = await node_with(make_node, path)
     taking = await begun(node, nursery, six_extents(path))
     await until(lambda: taking.over)
     cache.requests.clear()
@@ -358,11 +364,9 @@ async def test_what_extents_have_completion_does_not_fetch(
 
 
 async def test_completion_waits_and_nobody_makes_it_urgent(
-    cache: MemorySubstituter, make_node: MakeNode, nursery: trio.Nursery
+    node: Node, path: PublishedPath, cache: MemorySubstituter, nursery: trio.Nursery
 ) -> None:
     """Completion asks for chunks in which there are promised bytes; those who read these wait for the stream alone."""
-    path = put(cache, published("lazy", TREE))
-    node = await node_with(make_node, path)
     few = [(path, b"other", 0, EXTENT), (path, b"other", 2 * EXTENT, 5 * CHUNK + 10)]
     bundle = bundled(*few, *((path, b"big", number * EXTENT, EXTENT) for number in range(COUNT)))
     taking = await begun(node, nursery, bundle, bundle.ends[0])
@@ -386,11 +390,8 @@ async def test_completion_waits_and_nobody_makes_it_urgent(
 
 
 async def test_a_path_that_is_committed_meanwhile_is_left_alone(
-    cache: MemorySubstituter, make_node: MakeNode, nursery: trio.Nursery
+    node: Node, path: PublishedPath, bundle: Bundled, nursery: trio.Nursery
 ) -> None:
-    path = put(cache, published("lazy", TREE))
-    node = await node_with(make_node, path)
-    bundle = six_extents(path)
     taking = await begun(node, nursery, bundle, bundle.ends[1])
     await node.chunked.committed(path.path)
     taking.sender.send()

@@ -16,12 +16,13 @@ from fusesnap.nix.api import nar_index_pb2 as api
 from fusesnap.nix.chunk_table import Chunk, ChunkTable
 from fusesnap.nix.hash import Hash, HashAlgorithm
 from fusesnap.nix.hash_parts import HashPartScanner, Occurrence, blanked
-from fusesnap.nix.nar import NarEvent, NarParser, NeedData, nar_bytes
+from fusesnap.nix.nar import NarEvent, nar_bytes
 from fusesnap.nix.nar_index import MAX_INDEX_SIZE, NarIndex, parse_nar_index
 from fusesnap.nix.narinfo import NarInfo
 from fusesnap.nix.signature import SecretKey, TrustedKeys
 from fusesnap.nix.store_path import StoreDir, StorePath
-from fusesnap.nix.tree import TreeBuilder
+
+from .trees import tree_of
 
 DIRECTORY = StoreDir()
 PATH = StorePath("0c0b0cixn1p4b9zslj1mlb1ckzh3cfzx", "hello")
@@ -46,10 +47,6 @@ def sha256(data: bytes) -> bytes:
 
 def index_of(nar: bytes, places: list[int]) -> NarIndex:
     """The index of a NAR that is cut into chunks at ``places``."""
-    parser, builder = NarParser(), TreeBuilder()
-    parser.receive_data(nar)
-    while not isinstance(event := parser.next_event(), NeedData):
-        builder.receive(event)
     edges = sorted({0, len(nar), *(place % len(nar) for place in places)})
     chunks = [nar[start:end] for start, end in pairwise(edges)]
     found = tuple(HashPartScanner(PARTS).feed(nar))
@@ -68,7 +65,7 @@ def index_of(nar: bytes, places: list[int]) -> NarIndex:
         b"".join(touched),
     )
     nar_hash = Hash(HashAlgorithm.SHA256, sha256(nar))
-    return NarIndex(PATH, nar_hash, builder.tree(), table, DIRECTORY)
+    return NarIndex(PATH, nar_hash, tree_of(nar), table, DIRECTORY)
 
 
 def assert_same(one: NarIndex, other: NarIndex) -> None:

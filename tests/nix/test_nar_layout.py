@@ -3,17 +3,10 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fusesnap.nix.nar import NarEvent, NarParser, NeedData, nar_bytes
+from fusesnap.nix.nar import NarEvent, nar_bytes
 from fusesnap.nix.nar_layout import Contents, NarLayout
-from fusesnap.nix.tree import Tree, TreeBuilder
 
-
-def tree_of(nar: bytes) -> Tree:
-    parser, builder = NarParser(), TreeBuilder()
-    parser.receive_data(nar)
-    while not isinstance(event := parser.next_event(), NeedData):
-        builder.receive(event)
-    return builder.tree()
+from .trees import tree_of
 
 
 @given(st.data())

@@ -9,19 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fusesnap.errors import InvalidData
-from fusesnap.nix.nar import NarEvent, NarParser, NeedData, nar_bytes
+from fusesnap.nix.nar import NarEvent, nar_bytes
 from fusesnap.nix.nar_grammar import NarLimits
 from fusesnap.nix.packed_tree import PackedTree, pack_tree, unpack_tree
-from fusesnap.nix.tree import Tree, TreeBuilder
 from fusesnap.store.tree_reader import measured_tree
 
-
-def tree_of(nar: bytes) -> Tree:
-    parser, builder = NarParser(), TreeBuilder()
-    parser.receive_data(nar)
-    while not isinstance(event := parser.next_event(), NeedData):
-        builder.receive(event)
-    return builder.tree()
+from .trees import tree_of
 
 
 @given(st.data())
