@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import trio
 
 from fusesnap.daemon import control
+from fusesnap.daemon.bundles import WorkersBundles
 from fusesnap.errors import FusesnapError
 from fusesnap.fetch.priority import Priority
 from fusesnap.fetch.realiser import Realiser
 from fusesnap.fetch.unpack_frames import decode_error
-from fusesnap.nix.store_path import StoreDir, StorePath
+from fusesnap.nix.store_path import HashPart, StoreDir, StorePath
+from fusesnap.store.local_store import Pin
 
 log = logging.getLogger(__name__)
+
+
+def _sizes(pins: Iterable[Pin]) -> dict[StorePath, int]:
+    return {pin.info.store_path: pin.info.nar_size for pin in pins}
 
 
 class LocalPathSource:
@@ -25,14 +31,18 @@ class LocalPathSource:
     def __init__(self, realiser: Realiser) -> None:
         self._realiser = realiser
 
-    async def admit(self, paths: Sequence[StorePath]) -> Mapping[StorePath, int]:
+    async def admit(
+        self, paths: Collection[StorePath], shown: Collection[StorePath]
+    ) -> Mapping[StorePath, int]:
         """See ``PathSource``."""
-        pins = await self._realiser.admit(paths)
-        return {pin.info.store_path: pin.info.nar_size for pin in pins}
+        return _sizes(await self._realiser.admit(paths))
 
-    async def realise(self, path: StorePath) -> object:
+    async def expect(self, root: StorePath) -> object:
         """See ``PathSource``."""
-        return await self._realiser.realise(path)
+
+    async def realise(self, path: StorePath, priority: Priority = Priority.READER) -> object:
+        """See ``PathSource``."""
+        return await self._realiser.realise(path, priority=priority)
 
     def prefetch(self, paths: Sequence[StorePath]) -> None:
         """See ``PathSource``."""
@@ -50,17 +60,32 @@ class HintingPathSource(LocalPathSource):
         super().__init__(realiser)
         self._store_dir = store_dir
         self._worker = worker
+        self._bundles = WorkersBundles(store_dir, worker)
         self._nursery = nursery
 
-    async def realise(self, path: StorePath) -> object:
+    async def admit(
+        self, paths: Collection[StorePath], shown: Collection[StorePath]
+    ) -> Mapping[StorePath, int]:
+        """See ``PathSource``. What a bundle says of them is not asked for path by path."""
+        # Where no bundle is, caches can be asked for narinfos at once.
+        self._nursery.start_soon(self._realiser.introduce)
+        others = set(paths) & await self._bundles.others(shown)
+        told = _sizes(await self._realiser.admitted(set(paths) - others))
+        asked = await super().admit(set(paths) - told.keys(), shown)
+        return {**told, **asked}
+
+    async def expect(self, root: StorePath | HashPart) -> None:
+        """See ``PathSource``."""
+        await self._bundles.expect(HashPart(root.hash_part))
+
+    async def realise(self, path: StorePath, priority: Priority = Priority.READER) -> object:
         """See ``PathSource``. The worker gives up by itself where nothing comes."""
+        question = {"path": self._store_dir.format(path), "priority": priority.name}
         try:
-            answer = await control.ask(
-                self._worker, "realise", within=math.inf, path=self._store_dir.format(path)
-            )
+            answer = await control.ask(self._worker, "realise", within=math.inf, **question)
         except FusesnapError as error:
             log.info("%s: fetched without the worker: %s", path, error)
-            return await super().realise(path)
+            return await super().realise(path, priority)
         if "failed" in answer:
             raise decode_error(str(answer["failed"]).encode())
         return None

@@ -161,7 +161,9 @@ def build_images(node: Node, containerd: ContainerdCalls, nursery: trio.Nursery)
     platform = Platform.of_machine(os.uname().machine)
     where = settings.containerd_address, settings.socket.absolute(), NAME
     return PulledImages(
-        StoreImages(node.store, node.realiser, platform, settings.root),
+        StoreImages(
+            node.store, node.realiser, platform, settings.root, build_source(node, nursery)
+        ),
         node.store_dir,
         containerd,
         partial(trio.to_thread.run_sync, find_snapshotter, *where, abandon_on_cancel=True),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Final
@@ -45,6 +45,10 @@ def make_recorder(node: Node, bounds: Bounds) -> Recorder:
 def make_traces(node: Node, recorder: Recorder, waiting: WaitingRequests) -> Traces:
     """The traces of a node."""
     settings = node.settings
+
+    async def bundled(closure: ClosureDigest, paths: Collection[StorePath]) -> bool:
+        return (await node.bundles.find(closure, paths)).brings
+
     return Traces(
         lambda: TraceDatabase(settings.root / NAME),
         recorder,
@@ -67,7 +71,7 @@ def make_traces(node: Node, recorder: Recorder, waiting: WaitingRequests) -> Tra
             readahead=settings.readahead_kib * 1024,
             boot=BOOT_ID.read_text(encoding="ascii").strip(),
         ),
-        node.bundles.find,
+        bundled,
     )
 
 

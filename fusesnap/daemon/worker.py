@@ -21,6 +21,7 @@ import trio
 from fusesnap.config import Settings, handed_down
 from fusesnap.daemon import control
 from fusesnap.daemon.build import Authorities, Node, open_node, plain_errors
+from fusesnap.daemon.bundles import calls as bundle_calls
 from fusesnap.daemon.logs import explained, log_to_stderr
 from fusesnap.daemon.niceness import before_others
 from fusesnap.daemon.readers import identify, is_dying, is_thread_of
@@ -135,7 +136,11 @@ async def answer(worker: Worker, ready: int) -> None:
                 nursery,
             ),
         }
-        serve_control = partial(control.serve, patient={"realise": realising(worker.node)})
+        patient = {
+            "realise": realising(worker.node),
+            **bundle_calls(worker.node.bundles, worker.node.store_dir),
+        }
+        serve_control = partial(control.serve, patient=patient)
         await nursery.start(serve_control, address, answers)
         nursery.start_soon(say_alive, ready)
         # Not before the mount is joined: those who wait for an answer wait longer than those who wait for a path.
@@ -179,11 +184,16 @@ async def stop_gently(worker: Worker, scope: trio.CancelScope) -> None:
 
 
 def realising(node: Node) -> control.Answer:
-    """What answers when ``path`` is committed, for somebody who waits for it in another process, or cannot be had."""
+    """What answers when ``path`` is committed, for somebody who waits for it in another process, or cannot be had.
+
+    It is as urgent as ``priority`` says, the name of a ``Priority``.
+    """
 
     async def realise(question: Mapping[str, Any]) -> dict[str, Any]:
+        priority = Priority[question["priority"]]
         try:
-            await node.realiser.realise(node.store_dir.parse(str(question["path"])))
+            path = node.store_dir.parse(str(question["path"]))
+            await node.realiser.realise(path, priority=priority)
         except FusesnapError as error:
             return {"failed": encode_error(error).decode()}
         return {}

@@ -8,7 +8,7 @@ asked for.
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator, Collection, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import Final, Protocol, TypeVar
@@ -23,9 +23,16 @@ from fusesnap.fetch.events import ObserveFetch, unobserved
 from fusesnap.fetch.link import Link
 from fusesnap.nix.closure_digest import ClosureDigest
 from fusesnap.nix.narinfo import NarInfo
+from fusesnap.nix.references import reached
 from fusesnap.nix.signature import TrustedKeys
-from fusesnap.nix.startup_bundle import MAX_BUNDLE_SIZE, BundleHeader, BundleParser, file_name
-from fusesnap.nix.store_path import StorePath
+from fusesnap.nix.startup_bundle import (
+    MAX_BUNDLE_SIZE,
+    BundleHeader,
+    BundleParser,
+    file_name,
+    root_file_name,
+)
+from fusesnap.nix.store_path import HashPart, StorePath
 from fusesnap.nix.trust import check_trust
 from fusesnap.store.local_store import LocalStore
 from fusesnap.substituter.base import Bookmark, StoredFile
@@ -57,11 +64,29 @@ class BundleCache(Protocol):
         """These narinfos are its own."""
         ...
 
+    def save(self) -> None:
+        """Have other processes know what it remembers. Blocking."""
+        ...
+
     def stream(
         self, file: StoredFile, bookmark: Bookmark
     ) -> AbstractAsyncContextManager[AsyncIterator[bytes]]:
         """Read a file from where the bookmark says."""
         ...
+
+
+@dataclass(frozen=True, slots=True)
+class Told:
+    """What a bundle says: the NAR of each of ``paths``, which is pinned and not here yet.
+
+    ``brings``: it has bytes of a start, which were missing.
+    """
+
+    paths: frozenset[StorePath] = frozenset()
+    brings: bool = False
+
+
+NOTHING_TOLD: Final = Told()
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,88 +120,114 @@ class Bundles:
         self._nursery = nursery
         self._within = within
         self._observe = observe
-        self._searches: dict[ClosureDigest, _Search] = {}
-        self._not_before: dict[tuple[ClosureDigest, str], float] = {}
-        self._taken: dict[ClosureDigest, _Taken] = {}
+        self._searches: dict[str, _Search] = {}
+        self._not_before: dict[tuple[str, str], float] = {}
+        self._taken: dict[str, _Taken] = {}
 
     @property
     def are_coming(self) -> bool:
         """Whether any is being asked for, or on its way."""
         return bool(self._searches)
 
-    async def find(self, closure: ClosureDigest, paths: Collection[StorePath]) -> bool:
-        """Return when what a bundle of ``closure`` says is taken over, or there is none. True where it brings a start.
+    async def find(self, closure: ClosureDigest, paths: Collection[StorePath]) -> Told:
+        """Return when what a bundle of ``closure``, which are ``paths``, says is taken over, or there is none.
 
-        Its bytes go on coming after that. Nothing is asked for a closure of which all is here, or of which a bundle
-        was taken not long ago.
+        Its bytes go on coming after that. Nothing is asked for a closure of which all is here, or of which a bundle,
+        be it one of more, was taken not long ago.
         """
-        search = self._searches.get(closure)
-        if search is None:
-            taken = self._taken.get(closure)
-            if taken is not None and taken.until > trio.current_time():
-                return taken.brings
-            there = await trio.to_thread.run_sync(self._store.committed_among, paths)
-            if len(there) == len(paths):
-                return False
-            search = self._searches.get(closure)
-        if search is None:
-            search = self._searches[closure] = _Search()
-            self._nursery.start_soon(self._search, closure, search, name=f"bundle of {closure}")
-        with trio.move_on_after(self._within):
-            await search.told.wait()
-        return search.brings
+        there = await trio.to_thread.run_sync(self._store.committed_among, paths)
+        missing = set(paths) - there
+        if not missing:
+            return NOTHING_TOLD
+        taken = next((told for told in self._told() if missing <= told.paths), None)
+        return taken or await self._find(_Wanted.of_closure(closure))
 
-    async def _search(self, closure: ClosureDigest, search: _Search) -> None:
+    async def find_of(self, root: HashPart) -> Told:
+        """As :meth:`find`, for the closure of the path with this hash part, where only that is known.
+
+        Nothing is asked where that path is here.
+        """
+        if await trio.to_thread.run_sync(self._is_here, root):
+            return NOTHING_TOLD
+        return await self._find(_Wanted.of_root(root))
+
+    def _is_here(self, root: HashPart) -> bool:
+        path = self._store.with_hash_part(root)
+        return path is not None and self._store.is_committed(path)
+
+    def _told(self) -> Iterable[Told]:
+        now = trio.current_time()
+        yield from (taken.told for taken in self._taken.values() if taken.until > now)
+        yield from (search.told for search in self._searches.values())
+
+    async def _find(self, wanted: _Wanted) -> Told:
+        taken = self._taken.get(wanted.name)
+        if taken is not None and taken.until > trio.current_time():
+            return taken.told
+        search = self._searches.get(wanted.name)
+        if search is None:
+            search = self._searches[wanted.name] = _Search()
+            self._nursery.start_soon(self._search, wanted, search, name=wanted.name)
+        with trio.move_on_after(self._within):
+            await search.over.wait()
+        return search.told
+
+    async def _search(self, wanted: _Wanted, search: _Search) -> None:
         try:
             for cache in self._caches:
-                if await self._take_from(cache, closure, search):
+                if await self._take_from(cache, wanted, search):
                     return
         finally:
-            del self._searches[closure]
-            search.told.set()
+            del self._searches[wanted.name]
+            search.over.set()
 
-    async def _take_from(self, cache: BundleCache, closure: ClosureDigest, search: _Search) -> bool:
+    async def _take_from(self, cache: BundleCache, wanted: _Wanted, search: _Search) -> bool:
         """Take the bundle that a cache has, to its end; false where it has none that can be used."""
-        if self._not_before.get((closure, cache.url), 0.0) > trio.current_time():
+        name = wanted.name
+        if self._not_before.get((name, cache.url), 0.0) > trio.current_time():
             return False
-        name = file_name(closure)
         try:
-            await self._stream(cache, closure, search).run(
+            await self._stream(cache, wanted, search).run(
                 lambda bookmark: cache.stream(BundleFile(name), bookmark)
             )
         except PathNotFound:
-            self._leave_alone(closure, cache)
+            self._leave_alone(name, cache)
         except FusesnapError as error:
             log.warning("%s: %s is not used any further: %s", cache.url, name, error)
             if isinstance(error, InvalidData | UntrustedPath):  # a wrong answer stays wrong
-                self._leave_alone(closure, cache)
+                self._leave_alone(name, cache)
         else:
-            taken = _Taken(trio.current_time() + TAKEN_FOR, search.brings)
-            _remember(self._taken, closure, taken)
-        return search.told.is_set()
+            taken = _Taken(trio.current_time() + TAKEN_FOR, search.told)
+            _remember(self._taken, name, taken)
+        return search.over.is_set()
 
-    def _leave_alone(self, closure: ClosureDigest, cache: BundleCache) -> None:
-        until = trio.current_time() + ABSENT_FOR
-        _remember(self._not_before, (closure, cache.url), until)
+    def _leave_alone(self, name: str, cache: BundleCache) -> None:
+        _remember(self._not_before, (name, cache.url), trio.current_time() + ABSENT_FOR)
 
-    def _stream(self, cache: BundleCache, closure: ClosureDigest, search: _Search) -> BundleStream:
+    def _stream(self, cache: BundleCache, wanted: _Wanted, search: _Search) -> BundleStream:
         async def take(header: BundleHeader) -> Mapping[StorePath, ChunkedPath]:
-            if header.closure != closure:
-                raise InvalidData(f"startup bundle of closure {header.closure}, expected {closure}")
-            cache.remember(header.narinfos)
-            found = await self._take_over(header)
-            search.brings = bool(found)
+            wanted.check(header)
+            pinned = await trio.to_thread.run_sync(self._learn_narinfos, cache, header.narinfos)
+            found = await self._take_over(header, pinned)
+            search.told = Told(frozenset(pinned), bool(found))
             return found
 
         parser = BundleParser(self._keys, self._store.store_dir)
-        room, told = self._store.room, search.told.set
-        return BundleStream(cache.url, parser, take, self._link, room, self._observe, told)
+        room, over = self._store.room, search.over.set
+        return BundleStream(cache.url, parser, take, self._link, room, self._observe, over)
 
     # ---------------------------------------------------------------- header
 
-    async def _take_over(self, header: BundleHeader) -> Mapping[StorePath, ChunkedPath]:
-        """Pin what is trusted, and open those paths of which the bundle has bytes."""
-        pinned = await trio.to_thread.run_sync(self._pin, header.narinfos)
+    def _learn_narinfos(self, cache: BundleCache, infos: Sequence[NarInfo]) -> set[StorePath]:
+        """Have them known, also to other processes; returns those paths that are pinned so. Blocking."""
+        cache.remember(infos)
+        cache.save()
+        return self._pin(infos)
+
+    async def _take_over(
+        self, header: BundleHeader, pinned: Collection[StorePath]
+    ) -> Mapping[StorePath, ChunkedPath]:
+        """Open those paths of which the bundle has bytes."""
         touched = {extent.path for extent in header.extents}
         found: dict[StorePath, ChunkedPath] = {}
         rest: list[tuple[StorePath, bytes]] = []
@@ -229,15 +280,47 @@ def _remember(known: dict[_Key, _Value], key: _Key, value: _Value) -> None:
 
 @dataclass(frozen=True, slots=True)
 class _Taken:
-    """A bundle that need not be asked for before ``until``; ``brings``: it had bytes of a start, which were missing."""
+    """A bundle that need not be asked for before ``until``."""
 
     until: float
-    brings: bool
+    told: Told
 
 
 class _Search:
-    """The search for the bundle of one closure; ``told`` when what it says is here, or there is none."""
+    """The search for one bundle; ``over`` when what it says is here, or there is none."""
 
     def __init__(self) -> None:
-        self.told = trio.Event()
-        self.brings = False
+        self.over = trio.Event()
+        self.told = NOTHING_TOLD
+
+
+@dataclass(frozen=True, slots=True)
+class _Wanted:
+    """A bundle by the name of its file; ``check`` raises :class:`InvalidData` where a header is another's."""
+
+    name: str
+    check: Callable[[BundleHeader], None]
+
+    @classmethod
+    def of_closure(cls, closure: ClosureDigest) -> _Wanted:
+        """The one of ``closure``."""
+
+        def check(header: BundleHeader) -> None:
+            if header.closure != closure:
+                raise InvalidData(f"startup bundle of closure {header.closure}, expected {closure}")
+
+        return cls(file_name(closure), check)
+
+    @classmethod
+    def of_root(cls, root: HashPart) -> _Wanted:
+        """The one of the closure of the path with this hash part."""
+
+        def check(header: BundleHeader) -> None:
+            narinfos = {info.store_path: info for info in header.narinfos}
+            roots = [path for path in narinfos if path.hash_part == root.hash_part]
+            if not roots or reached(roots, narinfos) != narinfos.keys():
+                raise InvalidData(
+                    f"startup bundle of closure {header.closure}, expected that of {root}"
+                )
+
+        return cls(root_file_name(root), check)

@@ -123,6 +123,15 @@ class Realiser:
             self._store.pins, [offer.narinfo for offer in offers.values()]
         )
 
+    async def admitted(self, paths: Iterable[StorePath]) -> list[Pin]:
+        """The pins of those of ``paths`` that somebody, in whatever process, has admitted."""
+        found = await trio.to_thread.run_sync(self._store.pinned_among, list(paths))
+        return list(found.values())
+
+    async def introduce(self) -> None:
+        """See ``SubstituterPool.introduce``."""
+        await self._pool.introduce()
+
     async def resolve(self, part: HashPart) -> StorePath:
         """The path that has this hash part: the store's, else what a trusted narinfo says.
 

@@ -6,7 +6,7 @@ import os
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import ExitStack, asynccontextmanager
 from pathlib import Path
-from typing import Final
+from typing import Final, Protocol
 
 import trio
 
@@ -24,13 +24,25 @@ from fusesnap.images.reference import NixReference
 from fusesnap.images.synthesis import synthesise
 from fusesnap.images.uncompressed import compression_of
 from fusesnap.nix.elf import HEAD_SIZE, machine_of
-from fusesnap.nix.store_path import StorePath
+from fusesnap.nix.store_path import HashPart, StorePath
 from fusesnap.nix.tree import EntryKind, Tree
 from fusesnap.store.local_store import LocalStore
 
 # A tar's magic, in its first block; of old tars without one the checksum would have to do, and nobody writes those.
 _TAR_MAGIC_AT: Final = 257
 _TAR_MAGIC: Final = b"ustar"
+
+
+class ImageFetch(Protocol):
+    """Who has paths fetched, where it is somebody else than this process."""
+
+    async def expect(self, root: HashPart) -> object:
+        """The path with this hash part is wanted, and soon what it references. Does not fail."""
+        ...
+
+    async def realise(self, path: StorePath, priority: Priority) -> object:
+        """Return when the path is committed. Raises as fetching it fails."""
+        ...
 
 
 async def resolve(realiser: Realiser, reference: NixReference) -> StorePath:
@@ -53,19 +65,28 @@ async def resolve(realiser: Realiser, reference: NixReference) -> StorePath:
 class StoreImages:
     """Opens the images of one store, for one platform.
 
-    ``scratch`` is a directory where compressed archives are unfolded while they are open.
+    ``scratch`` is a directory where compressed archives are unfolded while they are open. ``fetch``: who fetches before
+    ``realiser`` is asked, which then finds what is there.
     """
 
     def __init__(
-        self, store: LocalStore, realiser: Realiser, platform: Platform, scratch: Path
+        self,
+        store: LocalStore,
+        realiser: Realiser,
+        platform: Platform,
+        scratch: Path,
+        fetch: ImageFetch | None = None,
     ) -> None:
         self._store = store
         self._realiser = realiser
         self._platform = platform
         self._scratch = scratch
+        self._fetch = fetch
 
     async def resolve(self, reference: NixReference) -> StorePath:
         """Return the store path that ``reference`` names, see :func:`resolve`."""
+        if self._fetch is not None:
+            await self._fetch.expect(reference.hash_part)
         return await resolve(self._realiser, reference)
 
     async def is_image(self, path: StorePath) -> bool:
@@ -112,6 +133,8 @@ class StoreImages:
 
     async def _tree(self, path: StorePath) -> Tree:
         # Nobody reads it yet: what it refers to is not wanted on its account.
+        if self._fetch is not None:
+            await self._fetch.realise(path, Priority.TRACE)
         return await self._realiser.realise(path, priority=Priority.TRACE)
 
     def _check_machine(self, path: StorePath, programs: Programs) -> None:

@@ -21,7 +21,7 @@ from fusesnap.nix.compression import ZSTD_MAX_WINDOW, decompressor, unfold
 from fusesnap.nix.narinfo import MAX_NARINFO_SIZE, NarInfo, parse_narinfo
 from fusesnap.nix.signature import SecretKey, TrustedKeys
 from fusesnap.nix.signed_file import SignedFile
-from fusesnap.nix.store_path import StoreDir, StorePath
+from fusesnap.nix.store_path import HashPart, StoreDir, StorePath
 
 MAGIC: Final = b"STARTUP-BUNDLE"
 VERSION: Final = 1
@@ -102,7 +102,7 @@ def file_name(closure: ClosureDigest) -> str:
     return f"bundle/{closure.hex}"
 
 
-def root_file_name(root: StorePath) -> str:
+def root_file_name(root: StorePath | HashPart) -> str:
     """The name, within a cache, of the same bundle, for those who know only whose closure it is: ``root``'s."""
     return f"bundle/{root.hash_part}"
 

@@ -25,7 +25,7 @@ from fusesnap.nix.store_path import StoreDir, StorePath
 from fusesnap.nix.tree import Tree
 from fusesnap.publish.closures import BundledClosure
 from fusesnap.publish.destination import BUNDLE, Destination, read_whole
-from fusesnap.publish.extents import Part, check_nars, contents_of, parts_of
+from fusesnap.publish.extents import Part, check_nars, contents_of, parts_of, whole
 from fusesnap.publish.source import Source
 from fusesnap.publish.traces import check_closures, check_complete
 
@@ -115,7 +115,8 @@ class Bundler:
         """
         results = []
         for closure in closures:
-            results.append(await self._write(closure, traces.get(closure.digest)))
+            known = (traces[each] for each in closure.traceable if each in traces)
+            results.append(await self._write(closure, next(known, None)))
             tell(results[-1])
         return results
 
@@ -175,7 +176,10 @@ class Bundler:
         if trace is not None:
             check_nars(trace, narinfos)
             trees = await indexes.trees(traced.path for traced in trace.paths)
-            return parts_of(trace, trees)
+            # An image that shows what it references is read before any of that.
+            image = closure.root if trace.closure == closure.shown else None
+            first = whole(narinfos[image]) if image is not None else ()
+            return parts_of(trace, trees, first)
         if known is None or _nars(known.header.narinfos) != _nars(closure.narinfos):
             return []
         return [Part.of(extent) for extent in known.header.extents]
@@ -184,13 +188,22 @@ class Bundler:
         self, closure: BundledClosure, narinfos: Mapping[StorePath, NarInfo]
     ) -> StartupTrace | None:
         """The trace that is published beside the closure, if it is one that can be used."""
-        name = trace_file_name(closure.digest)
+        for digest in closure.traceable:
+            trace = await self._trace_of(digest, narinfos)
+            if trace is not None:
+                return trace
+        return None
+
+    async def _trace_of(
+        self, digest: ClosureDigest, narinfos: Mapping[StorePath, NarInfo]
+    ) -> StartupTrace | None:
+        name = trace_file_name(digest)
         try:
             data = await read_whole(self._destination, name, MAX_TRACE_SIZE)
             if data is None:
                 return None
             trace = parse_trace(data)
-            check_closures({trace.closure: trace}, [closure.digest])
+            check_closures({trace.closure: trace}, [digest])
             check_trace_trust(trace, self._keys)
             check_nars(trace, narinfos)
             if not self._allow_partial:

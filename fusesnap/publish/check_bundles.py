@@ -13,6 +13,7 @@ from fusesnap.nix.closure_digest import ClosureDigest
 from fusesnap.nix.compression import decompressor
 from fusesnap.nix.nar_index import parse_nar_index
 from fusesnap.nix.narinfo import NarInfo
+from fusesnap.nix.references import reached
 from fusesnap.nix.signature import TrustedKeys
 from fusesnap.nix.startup_bundle import (
     BundledExtent,
@@ -24,7 +25,6 @@ from fusesnap.nix.startup_bundle import (
 )
 from fusesnap.nix.store_path import StoreDir, StorePath
 from fusesnap.nix.trust import check_trust
-from fusesnap.publish.closures import reached
 from fusesnap.publish.destination import Destination
 from fusesnap.publish.extents import Part, contents_of
 

@@ -8,17 +8,22 @@ from typing import Self
 
 from fusesnap.nix.closure_digest import ClosureDigest
 from fusesnap.nix.narinfo import NarInfo
+from fusesnap.nix.references import reached
 from fusesnap.nix.startup_bundle import file_name, root_file_name
 from fusesnap.nix.store_path import StoreDir, StorePath
 
 
 @dataclass(frozen=True, slots=True)
 class BundledClosure:
-    """A closure by its narinfos, sorted by path; ``root`` is the path whose closure it is, if it is one path's."""
+    """A closure by its narinfos, sorted by path; ``root`` is the path whose closure it is, if it is one path's.
+
+    ``shown``: what is left of that without the root, which is what containers show if the root is an image.
+    """
 
     digest: ClosureDigest
     narinfos: tuple[NarInfo, ...]
     root: StorePath | None
+    shown: ClosureDigest | None
 
     @classmethod
     def of(
@@ -26,8 +31,16 @@ class BundledClosure:
     ) -> Self:
         """The closure that consists of the paths of ``narinfos``."""
         ordered = tuple(sorted(narinfos, key=lambda info: info.store_path))
-        digest = ClosureDigest.of((info.store_path for info in ordered), store_dir)
-        return cls(digest, ordered, root)
+        paths = [info.store_path for info in ordered]
+        digest = ClosureDigest.of(paths, store_dir)
+        rest = [path for path in paths if path != root]
+        shown = None if root is None else ClosureDigest.of(rest, store_dir)
+        return cls(digest, ordered, root, shown)
+
+    @property
+    def traceable(self) -> tuple[ClosureDigest, ...]:
+        """The closures whose traces may be its own."""
+        return (self.digest,) if self.shown is None else (self.digest, self.shown)
 
     @property
     def file_names(self) -> tuple[str, ...]:
@@ -69,14 +82,3 @@ def _candidates(
             yield shown
     if roots:
         yield BundledClosure.of((narinfos[path] for path in reached(roots, narinfos)), store_dir)
-
-
-def reached(roots: Iterable[StorePath], narinfos: Mapping[StorePath, NarInfo]) -> set[StorePath]:
-    """``roots`` and all that they reference, directly or not, also where that is not among ``narinfos``."""
-    found: set[StorePath] = set()
-    frontier = set(roots)
-    while frontier:
-        found |= frontier
-        known = (narinfos[path] for path in frontier if path in narinfos)
-        frontier = {each for info in known for each in info.references} - found
-    return found

@@ -47,15 +47,24 @@ class Part:
         return BundledExtent(self.path, self.offset, self.size, hashlib.sha256(data).digest())
 
 
-def parts_of(trace: StartupTrace, trees: Mapping[StorePath, Tree]) -> list[Part]:
-    """The parts of NARs that ``trace`` has read, in its order, each no larger than an extent may be.
+def whole(info: NarInfo) -> list[Part]:
+    """All of a NAR, in parts no larger than an extent may be; nothing of one that is more than a bundle holds."""
+    if info.nar_size > MAX_CONTENT_SIZE:
+        return []
+    return list(_pieces(Part(info.store_path, 0, info.nar_size)))
+
+
+def parts_of(
+    trace: StartupTrace, trees: Mapping[StorePath, Tree], first: Sequence[Part] = ()
+) -> list[Part]:
+    """The parts of NARs that ``trace`` has read, in its order, each no larger than an extent may be, behind ``first``.
 
     ``trees`` are those of its paths. What is more than a bundle holds is left out, and told in the log. Raises
     :class:`InvalidData` where a file of the trace is not one of the tree.
     """
     begins = [_begin(trace, file, trees) for file in trace.files]
-    parts: list[Part] = []
-    left = MAX_CONTENT_SIZE
+    parts = list(first)
+    left = MAX_CONTENT_SIZE - sum(part.size for part in parts)
     for extent in trace.extents:
         path = trace.paths[trace.files[extent.file].path].path
         start = begins[extent.file] + extent.offset

@@ -25,7 +25,7 @@ created, ``mounts(key)`` whenever its task starts, ``remove(key)`` at its end.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
@@ -200,9 +200,19 @@ class CommittedStore(Protocol):
 class PathSource(Protocol):
     """Where store paths come from that are not committed yet."""
 
-    async def admit(self, paths: Sequence[StorePath]) -> Mapping[StorePath, int]:
+    async def expect(self, root: StorePath) -> object:
+        """``root``, of which nothing is known, is wanted, and soon what it references. Does not fail.
+
+        Returns when it is known whether a cache tells of all that at once.
+        """
+        ...
+
+    async def admit(
+        self, paths: Collection[StorePath], shown: Collection[StorePath]
+    ) -> Mapping[StorePath, int]:
         """Make sure that every path can be had: a trusted narinfo is found, and pinned.
 
+        ``shown`` are the paths that containers above the layer show: a cache may tell of all of them at once.
         Returns how many bytes the NAR of each path that is not committed has.
         Raises ``ClosureUnavailable``, which names the paths and what each cache said.
         """

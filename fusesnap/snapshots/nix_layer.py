@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -64,13 +64,16 @@ class NixLayers:
         self._store_dir = store_dir
         self._by_content = by_content
 
-    async def labelled(self, labels: Mapping[str, str]) -> tuple[StorePath, ...]:
+    async def labelled(
+        self, labels: Mapping[str, str], below: Collection[StorePath] = ()
+    ) -> tuple[StorePath, ...]:
         """The store paths that labels name, all of them sure to be had; none if the labels name none.
 
-        Raises ``InvalidArgument`` for labels that cannot be used, and as ``PathSource.admit`` and ``realise`` do.
+        ``below`` are those of the chain below. Raises ``InvalidArgument`` for labels that cannot be used, and as
+        ``PathSource.admit`` and ``realise`` do.
         """
         paths = await self.named(labels)
-        await self.ensure_admitted(paths)
+        await self.ensure_admitted(paths, below)
         return paths
 
     async def facts(
@@ -97,7 +100,7 @@ class NixLayers:
         found = recognise(content, named, _as_placed(below), by_content=by_content)
         if found.paths:
             await trio.to_thread.run_sync(root, found.paths)
-        sizes = await self.ensure_admitted(found.paths)
+        sizes = await self.ensure_admitted(found.paths, below)
         await self.realise_all(found.added_to)
         completed = await trio.to_thread.run_sync(self._directories, found.added_to)
         hidden = found.hidden | (found.added_to - completed)
@@ -107,10 +110,15 @@ class NixLayers:
         """Whether labels name no store paths. Raises ``InvalidData`` for labels that cannot be used."""
         return parse_nix_labels(labels, self._store_dir) is None
 
-    async def ensure_admitted(self, paths: Iterable[StorePath]) -> Mapping[StorePath, int]:
-        """Have every path admitted that is not committed; returns their NARs' sizes. Raises as ``PathSource.admit``."""
+    async def ensure_admitted(
+        self, paths: Collection[StorePath], below: Collection[StorePath]
+    ) -> Mapping[StorePath, int]:
+        """Have every path admitted that is not committed; returns their NARs' sizes.
+
+        ``below`` are those of the chain below. Raises as ``PathSource.admit``.
+        """
         missing = await self.missing(paths)
-        return await self._source.admit(missing) if missing else {}
+        return await self._source.admit(missing, {*below, *paths}) if missing else {}
 
     async def realise_all(self, paths: Iterable[StorePath]) -> None:
         """Have every path committed. Raises ``ClosureUnavailable`` with what failed."""
@@ -150,6 +158,7 @@ class NixLayers:
             return said.paths
         async with keeping(self._store.roots, [said.path]):
             if await self.missing([said.path]):
+                await self._source.expect(said.path)
                 await self._source.realise(said.path)
             return await trio.to_thread.run_sync(self._listed_in, said.path)
 

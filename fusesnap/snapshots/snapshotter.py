@@ -295,7 +295,7 @@ class Snapshotter(Snapshots):
 
         chain, owners = await trio.to_thread.run_sync(check)
         if kind is Kind.ACTIVE:
-            await self._nix.labelled(labels)
+            await self._nix.labelled(labels, chain.paths)
         plan, clones = None, None
         if shows_store(key, chain):
             plan, clones = await self._answers.plan(chain, owners)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
-from contextlib import AbstractAsyncContextManager
+from contextlib import AbstractAsyncContextManager, suppress
 from dataclasses import dataclass
 from typing import Final, TypeVar
 
@@ -131,6 +131,21 @@ class SubstituterPool:
             raise
         await self._save_answers()
         return offer
+
+    async def introduce(self) -> None:
+        """Have caches say their priorities, where these are not known: whoever looks a path up next need not wait.
+
+        Does not fail; a cache that cannot say it is met with again then.
+        """
+
+        async def ask(watched: WatchedSubstituter) -> None:
+            with trio.move_on_after(self._deadline), suppress(FusesnapError):
+                await watched.cache_info()
+
+        async with trio.open_nursery() as nursery:
+            for watched in self._watched:
+                if watched.needs_asking():
+                    nursery.start_soon(ask, watched)
 
     async def report_bad(self, offer: Offer, error: FusesnapError) -> None:
         """An offer did not hold: its file is gone, cannot be had, or is not what was announced.

@@ -199,6 +199,10 @@ class WatchedSubstituter:
         for info in infos:
             self._narinfo_cache.remember(self.url, info.store_path, info)
 
+    def save(self) -> None:
+        """Write what is remembered, of all caches, so that other processes have it. Call it from a thread."""
+        self._narinfo_cache.flush()
+
     @asynccontextmanager
     async def stream(
         self, file: StoredFile, bookmark: Bookmark

@@ -137,3 +137,22 @@ def store_paths_list(store: NixStore, closure: Closure) -> str:
         }}
         """
     )
+
+
+def image_path(store: NixStore, archive: Path, root: str) -> str:
+    """Build a store path that is the image ``archive``, and refers to what it names of the closure of ``root``.
+
+    So nix-snapshotter's ``buildImage`` leaves it.
+    """
+    expression = f"""
+        derivation {{
+          name = {nix_string(archive.name)};
+          system = builtins.currentSystem;
+          builder = "/bin/sh";
+          args = [ "-c" "exec /bin/cp $archive $out" ];
+          archive = builtins.path {{ path = {nix_string(str(archive))}; name = "archive"; }};
+          closure = builtins.storePath {nix_string(root)};
+        }}
+        """
+    with store.locked():
+        return store.build(expression)

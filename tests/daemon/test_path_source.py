@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -14,11 +15,21 @@ import trio
 from fusesnap.daemon import control
 from fusesnap.daemon.path_source import HintingPathSource
 from fusesnap.errors import PathNotFound
+from fusesnap.fetch.priority import Priority
 from fusesnap.fetch.realiser import Realiser
 from fusesnap.fetch.unpack_frames import encode_error
-from fusesnap.nix.store_path import StoreDir, StorePath
+from fusesnap.nix.store_path import HashPart, StoreDir, StorePath
+from fusesnap.store.local_store import Pin
+
+from ..store.conftest import make_path
 
 PATH = StorePath("a" * 32, "path")
+OTHER = StorePath("b" * 32, "other")
+BELOW = StorePath("c" * 32, "below")
+
+
+def pin_of(path: StorePath) -> Pin:
+    return Pin(1, replace(make_path(path.name)[0], store_path=path, nar_size=7))
 
 
 class Own:
@@ -26,9 +37,21 @@ class Own:
 
     def __init__(self) -> None:
         self.realised: list[StorePath] = []
+        self.pinned: list[StorePath] = []
+        self.looked_up: list[StorePath] = []
 
-    async def realise(self, path: StorePath) -> None:
+    async def realise(self, path: StorePath, priority: Priority) -> None:
         self.realised.append(path)
+
+    async def introduce(self) -> None:
+        await trio.lowlevel.checkpoint()
+
+    async def admitted(self, paths: Iterable[StorePath]) -> list[Pin]:
+        return [pin_of(path) for path in paths if path in self.pinned]
+
+    async def admit(self, paths: Iterable[StorePath]) -> list[Pin]:
+        self.looked_up.extend(paths)
+        return [pin_of(path) for path in paths]
 
 
 class Worker:
@@ -36,12 +59,14 @@ class Worker:
 
     def __init__(self) -> None:
         self.asked: list[tuple[str, Any, Any]] = []
+        self.roots: list[str] = []
         self.heard = trio.Event()
         self.answer: dict[str, Any] = {}
 
     async def hear(self, question: Mapping[str, Any]) -> dict[str, Any]:
         paths = question.get("path", question.get("paths"))
         self.asked.append((question["call"], paths, question.get("priority")))
+        self.roots += [question["root"]] if "root" in question else []
         self.heard.set()
         return self.answer
 
@@ -60,14 +85,15 @@ def source(own: Own, tmp_path: Path, nursery: trio.Nursery) -> HintingPathSource
 async def worker(tmp_path: Path, nursery: trio.Nursery) -> Worker:
     worker = Worker()
     calls = {"fetch": worker.hear}
-    serve = partial(control.serve, patient={"realise": worker.hear})
+    patient = dict.fromkeys(("realise", "bundle", "bundle_of"), worker.hear)
+    serve = partial(control.serve, patient=patient)
     await nursery.start(serve, tmp_path / "s", calls)
     return worker
 
 
 async def test_the_worker_fetches(source: HintingPathSource, own: Own, worker: Worker) -> None:
     await source.realise(PATH)
-    assert worker.asked == [("realise", str(StoreDir().format(PATH)), None)]
+    assert worker.asked == [("realise", str(StoreDir().format(PATH)), "READER")]
     assert own.realised == []
 
 
@@ -105,3 +131,33 @@ async def test_a_hint_says_how_urgent_it_is(
     getattr(source, hint)([PATH])
     await worker.heard.wait()
     assert worker.asked == [("fetch", [StoreDir().format(PATH)], priority)]
+
+
+async def test_what_a_bundle_says_of_paths_is_not_asked_for(
+    source: HintingPathSource, own: Own, worker: Worker
+) -> None:
+    """But for those that it says nothing of, or that it has said and nobody has pinned."""
+    worker.answer = {"others": [StoreDir().format(OTHER)]}
+    own.pinned = [PATH]
+    assert await source.admit([PATH, OTHER], [PATH, OTHER, BELOW]) == {PATH: 7, OTHER: 7}
+    assert own.looked_up == [OTHER]
+    (asked,) = worker.asked
+    assert asked[0] == "bundle"
+    assert set(asked[1]) == {StoreDir().format(path) for path in (PATH, OTHER, BELOW)}
+    worker.answer = {"others": []}
+    await source.admit([PATH, BELOW], [PATH, BELOW])
+    assert own.looked_up == [OTHER, BELOW]
+
+
+async def test_without_a_worker_all_is_asked_for(source: HintingPathSource, own: Own) -> None:
+    own.pinned = [PATH]  # of which nobody says that a cache has it now
+    assert await source.admit([PATH], [PATH]) == {PATH: 7}
+    assert own.looked_up == [PATH]
+
+
+async def test_what_a_root_references_is_expected_by_the_worker(
+    source: HintingPathSource, worker: Worker
+) -> None:
+    await source.expect(HashPart(PATH.hash_part))
+    await source.expect(PATH)
+    assert worker.roots == [PATH.hash_part] * 2

@@ -8,11 +8,18 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from testbed.binary_cache import CacheFiles, HttpCache, SigningKey, http_cache
-from testbed.containerd import containerd
+from testbed.binary_cache import (
+    CacheFiles,
+    HttpCache,
+    SigningKey,
+    hash_part,
+    http_cache,
+    publish_cache,
+)
+from testbed.containerd import Containerd, containerd
 from testbed.fusesnap_daemon import PROGRAM, FusesnapDaemon, Source, fusesnap_daemon
-from testbed.images import Layer
-from testbed.nix_store import NixStore
+from testbed.images import Layer, NixLayerManner, write_image
+from testbed.nix_store import NixStore, image_path
 from testbed.processes import run
 from testbed.synthetic import SimpleClosure
 
@@ -110,3 +117,55 @@ def test_one_request_carries_a_start_and_a_damaged_one_is_told_and_done_without(
         assert again == said
         assert len(asked(cache, "/bundle/")) == 1
         daemon.service.wait_until(lambda: "is not used any further" in daemon.service.log_text())
+
+
+def test_one_request_carries_the_start_of_an_image_that_only_its_store_path_names(
+    make_node: NodeMaker,
+    simple: SimpleClosure,
+    nix_store: NixStore,
+    nix_layers: NixLayers,
+    base_layer: Layer,
+    script: str,
+    publish: Publish,
+    key: SigningKey,
+    work: Path,
+    tmp_path: Path,
+) -> None:
+    layers = [base_layer, nix_layers(NixLayerManner.PATHS)]
+    archive = write_image(tmp_path / "image.tar", layers, name="image:1", command=["/bin/sh"])
+    image = image_path(nix_store, archive, simple.root)
+    files = publish_cache(nix_store, [image], tmp_path / "cache", key)
+    with http_cache(files, tmp_path / "cache-nginx") as cache:
+        first = make_node(cache.url)
+        reference = first.pull(layers)
+        said = first.containerd.run(reference, "one", "/bin/sh", "-c", script)
+        trace = tmp_path / "trace"
+        place: tuple[str | Path, ...] = ("-o", trace, "--state", first.daemon.state)
+        run([PROGRAM, "trace", "export", "busybox", *place])
+        target = ("--from", nix_store.directory, "--to", files.directory, "--trace", trace)
+        done = publish(*target, "--secret-key-file", key.secret_file, "--closure", image)
+        assert done.returncode == 0, done.stderr
+
+        with kubelet_start(work / "a", Source([cache.url], [key.public])) as (daemon, client):
+            cache.clear_requests()
+            daemon.pull(f"nix:0{image}")
+            # What caches say of themselves is asked for beside it, once a week.
+            assert asked(cache, "/") == [f"/bundle/{hash_part(image)}", "/nix-cache-info"]
+            again = client.run(f"nix:0{image}:latest", "one", "/bin/sh", "-c", script)
+            assert again == said
+            assert [each for each in asked(cache, "/") if each.endswith(".narinfo")] == []
+            assert daemon.status()["errors"] == []
+
+
+@contextlib.contextmanager
+def kubelet_start(directory: Path, source: Source) -> Iterator[tuple[FusesnapDaemon, Containerd]]:
+    """A node that has nothing, and that pulls images as a kubelet has them pulled."""
+    directory.mkdir()
+    settings = directory / "fusesnap.toml"
+    settings.write_text(f'containerd-address = "{directory}/c/containerd.sock"\n')
+    options = ["--config", str(settings)]
+    with (
+        fusesnap_daemon(directory / "s", source=source, options=options) as daemon,
+        containerd(directory / "c", proxy=daemon.address, cri=True) as client,
+    ):
+        yield daemon, client

@@ -10,10 +10,10 @@ import pytest
 import trio
 from trio.testing import MockClock
 
-from fusesnap.fetch.bundles import ABSENT_FOR, Bundles
+from fusesnap.fetch.bundles import ABSENT_FOR, NOTHING_TOLD, Bundles, Told
 from fusesnap.nix.closure_digest import ClosureDigest
-from fusesnap.nix.startup_bundle import BundleHeader, file_name, write_bundle
-from fusesnap.nix.store_path import StoreDir
+from fusesnap.nix.startup_bundle import BundleHeader, file_name, root_file_name, write_bundle
+from fusesnap.nix.store_path import HashPart, StoreDir
 from fusesnap.substituter.memory import MemorySubstituter
 
 from ..store.conftest import Tree
@@ -66,7 +66,7 @@ async def test_one_request_brings_narinfos_indexes_and_what_the_start_reads(
     closure = offered(cache, *paths)
     node = await make_node()
     bundles = bundles_of(node)
-    assert await bundles.find(closure, [path.path for path in paths])
+    assert (await bundles.find(closure, [path.path for path in paths])).brings
     for path in paths:
         pin = node.store.pinned(path.path)
         assert pin is not None
@@ -79,9 +79,9 @@ async def test_one_request_brings_narinfos_indexes_and_what_the_start_reads(
     assert [name for name in asked(cache) if name.endswith(".narinfo")] == []
     cache.requests.clear()
     # It is not asked for again by the next container of the image, now or later.
-    assert await bundles.find(closure, [path.path for path in paths])
+    assert (await bundles.find(closure, [path.path for path in paths])).brings
     await until(lambda: not bundles.are_coming)
-    assert await bundles.find(closure, [path.path for path in paths])
+    assert (await bundles.find(closure, [path.path for path in paths])).brings
     assert file_name(closure) not in cache.requests
 
 
@@ -95,9 +95,10 @@ async def test_one_without_a_start_brings_what_it_says_and_leaves_the_start_to_t
     cache.files[file_name(closure)] = write_bundle(header, (), KEY, StoreDir())
     node = await make_node()
     bundles = bundles_of(node)
-    assert not await bundles.find(closure, [path.path])
+    told = Told(frozenset([path.path]), brings=False)
+    assert await bundles.find(closure, [path.path]) == told
     await until(lambda: not bundles.are_coming)
-    assert not await bundles.find(closure, [path.path])
+    assert await bundles.find(closure, [path.path]) == told
     assert await read(node, path, b"small", 0, 5) == b"hello"
     assert [name for name in asked(cache) if name != path.info.url] == [file_name(closure)]
 
@@ -108,7 +109,7 @@ async def test_any_number_of_starts_share_one_request(
     paths = both()
     closure = offered(cache, *paths)
     bundles = bundles_of(await make_node())
-    found: list[bool] = []
+    found: list[Told] = []
 
     async def find() -> None:
         found.append(await bundles.find(closure, [path.path for path in paths]))
@@ -116,7 +117,7 @@ async def test_any_number_of_starts_share_one_request(
     async with trio.open_nursery() as starts:
         for _ in range(5):
             starts.start_soon(find)
-    assert found == [True] * 5
+    assert found == [Told(frozenset(path.path for path in paths), brings=True)] * 5
     assert asked(cache) == [file_name(closure)]
 
 
@@ -129,10 +130,10 @@ async def test_that_a_cache_has_none_is_remembered(
     path = put(cache, published("lazy", TREE))
     bundles, closure = bundles_of(await make_node()), closure_of(path)
     for _ in range(3):
-        assert not await bundles.find(closure, [path.path])
+        assert await bundles.find(closure, [path.path]) == NOTHING_TOLD
     assert asked(cache) == [file_name(closure)]
     await trio.sleep(ABSENT_FOR)
-    assert not await bundles.find(closure, [path.path])
+    assert await bundles.find(closure, [path.path]) == NOTHING_TOLD
     assert asked(cache) == [file_name(closure)] * 2
 
 
@@ -144,7 +145,7 @@ async def test_nothing_is_asked_for_what_is_here(
     await node.realiser.admit([path.path])
     await node.realiser.realise(path.path)
     before = asked(cache)
-    assert not await bundles_of(node).find(closure_of(path), [path.path])
+    assert await bundles_of(node).find(closure_of(path), [path.path]) == NOTHING_TOLD
     assert asked(cache) == before
 
 
@@ -155,7 +156,7 @@ async def test_the_next_cache_has_one(
     second = MemorySubstituter("memory://second")
     closure = offered(second, *paths)
     bundles = bundles_of(await make_node(second))
-    assert await bundles.find(closure, [path.path for path in paths])
+    assert (await bundles.find(closure, [path.path for path in paths])).brings
     assert asked(cache) == asked(second) == [file_name(closure)]
 
 
@@ -201,7 +202,7 @@ async def test_a_bad_one_is_told_and_remembered_and_all_goes_on_without(
     node = await make_node()
     bundles = bundles_of(node)
     for _ in range(2):
-        assert not await bundles.find(closure, [path.path for path in paths])
+        assert await bundles.find(closure, [path.path for path in paths]) == NOTHING_TOLD
     assert asked(cache) == [name]
     (line,) = [record.message for record in caplog.records if record.levelno == logging.WARNING]
     assert line.startswith(f"memory://cache: {name} is not used any further: ")
@@ -217,7 +218,8 @@ async def test_a_narinfo_that_no_trusted_key_has_signed_is_not_believed_for_bein
     stranger = replace(second.info, signatures=())
     closure = offered(cache, first, replace(second, info=stranger))
     node = await make_node()
-    assert await bundles_of(node).find(closure, [first.path, second.path])
+    told = await bundles_of(node).find(closure, [first.path, second.path])
+    assert told == Told(frozenset([first.path]), brings=True)
     assert node.store.pinned(first.path) is not None
     assert node.store.pinned(second.path) is None
 
@@ -230,8 +232,64 @@ async def test_what_a_cut_stream_has_not_brought_comes_as_chunks(
     name = file_name(closure)
     cache.files[name] = cache.files[name][:-20]
     node = await make_node()
-    assert await bundles_of(node).find(closure, [first.path, second.path])
+    assert (await bundles_of(node).find(closure, [first.path, second.path])).brings
     assert await read(node, first, b"big", 0, SIZE) == BIG[:SIZE]
     assert await read(node, second, b"hello", 0, 500) == HELLO
     await until(lambda: not node.chunked.flights() or bool(cache.parts))
     assert second.info.url in {part[0] for part in cache.parts}
+
+
+def with_root(cache: MemorySubstituter) -> tuple[PublishedPath, PublishedPath, str]:
+    """A path that references another, and the bundle of its closure under the root's name."""
+    leaf = published("other", OTHER)
+    root = published("lazy", TREE, ["other"])
+    closure = offered(cache, root, leaf)
+    name = root_file_name(root.path)
+    cache.files[name] = cache.files.pop(file_name(closure))
+    return root, leaf, name
+
+
+async def test_the_bundle_of_a_root_is_found_by_its_hash_part_and_serves_what_its_image_shows(
+    cache: MemorySubstituter, make_node: MakeNode, bundles_of: Callable[[Node], Bundles]
+) -> None:
+    root, leaf, name = with_root(cache)
+    node = await make_node()
+    bundles = bundles_of(node)
+    told = Told(frozenset([root.path, leaf.path]), brings=True)
+    assert await bundles.find_of(HashPart(root.path.hash_part)) == told
+    assert await bundles.find(closure_of(leaf), [leaf.path]) == told  # while it is coming
+    await until(lambda: not bundles.are_coming)
+    assert await bundles.find(closure_of(leaf), [leaf.path]) == told
+    assert asked(cache) == [name]
+    await node.realiser.realise(root.path)
+    assert await bundles.find_of(HashPart(root.path.hash_part)) == NOTHING_TOLD
+
+
+async def test_what_other_processes_ask_for_is_known_to_them(
+    cache: MemorySubstituter, make_node: MakeNode, bundles_of: Callable[[Node], Bundles]
+) -> None:
+    root, leaf, name = with_root(cache)
+    await bundles_of(await make_node()).find_of(HashPart(root.path.hash_part))
+    other = await make_node()
+    paths = [root.path, leaf.path, published("third", OTHER).path]
+    admitted = await other.realiser.admitted(paths)
+    assert {pin.info.store_path for pin in admitted} == {root.path, leaf.path}
+    assert asked(cache) == [name]
+
+
+async def test_a_bundle_of_another_root_is_refused(
+    cache: MemorySubstituter,
+    make_node: MakeNode,
+    bundles_of: Callable[[Node], Bundles],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    _, leaf, name = with_root(cache)
+    stranger = published("third", OTHER)
+    for wanted in (
+        leaf,
+        stranger,
+    ):  # one that is in it, and does not reference the rest; and one that is not
+        cache.files[root_file_name(wanted.path)] = cache.files[name]
+        bundles = bundles_of(await make_node())
+        assert await bundles.find_of(HashPart(wanted.path.hash_part)) == NOTHING_TOLD
+        assert f"expected that of {wanted.path.hash_part}" in caplog.text

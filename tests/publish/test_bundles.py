@@ -184,6 +184,41 @@ async def test_several_starts_are_merged_and_their_bytes_are_the_nars(
     assert (await cache.bundle(first, second)).kept
 
 
+async def test_an_image_is_carried_before_what_the_start_of_what_it_shows_reads(
+    cache: Cache, state: Path, directory: Path
+) -> None:
+    """Its own closure's bundle: whoever knows only the image asks for that."""
+    shown = ClosureDigest.of([LEAF, LIBRARY], StoreDir())
+    trace = replace(cache.trace(SHARED), closure=shown)
+    bundler = Bundler(
+        cache.source,
+        cache.destination,
+        KEY,
+        TrustedKeys(()),
+        StoreDir(),
+        allow_partial=False,
+    )
+    closures = closures_of([TOP], cache.infos, {shown: trace}, StoreDir())
+    bundler.check({shown: trace}, closures)
+    await bundler.write(closures, {shown: trace})
+    header, extents = await cache.read(root_file_name(TOP))
+    assert header.closure == DIGEST
+    assert [extent.path for extent in header.extents] == [TOP, LIBRARY]
+    assert extents[0].data == nar_of(TOP, state)
+    assert extents[1].data == LARGE[:BLOCK]
+    header, extents = await cache.read(file_name(shown))
+    assert [extent.path for extent in header.extents] == [LIBRARY]
+    assert not any(checked.faults for checked in await cache.check())
+    # Also by the trace that is in the cache.
+    for name in NAMES:
+        (directory / name).unlink()
+    (directory / "trace").mkdir()
+    (directory / f"trace/{shown}").write_bytes(format_trace(sign_trace(trace, KEY)))
+    await bundler.write(closures_of([TOP], cache.infos, {}, StoreDir()), {})
+    header, _ = await cache.read(root_file_name(TOP))
+    assert [extent.path for extent in header.extents] == [TOP, LIBRARY]
+
+
 async def test_what_is_the_same_is_not_written_again(cache: Cache, directory: Path) -> None:
     await cache.bundle(cache.trace(PROGRAM))
     watched = Watched(DirectoryDestination(directory), directory)

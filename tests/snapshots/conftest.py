@@ -10,7 +10,7 @@ import hashlib
 import os
 import stat
 import subprocess
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -125,9 +125,17 @@ class MemoryPaths:
     admitted: list[StorePath] = field(default_factory=list)
     realised: list[StorePath] = field(default_factory=list)
     prefetched: list[StorePath] = field(default_factory=list)
+    expected: list[StorePath] = field(default_factory=list)
+    shown: list[frozenset[StorePath]] = field(default_factory=list)
     nar_sizes: dict[StorePath, int] = field(default_factory=dict)
 
-    async def admit(self, paths: Sequence[StorePath]) -> Mapping[StorePath, int]:
+    async def expect(self, root: StorePath) -> None:
+        self.expected.append(root)
+
+    async def admit(
+        self, paths: Collection[StorePath], shown: Collection[StorePath]
+    ) -> Mapping[StorePath, int]:
+        self.shown.append(frozenset(shown))
         if failures := [failure for path in paths if (failure := self._failure(path))]:
             raise ClosureUnavailable(failures)
         self.admitted.extend(paths)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -248,11 +248,13 @@ async def test_what_is_made_anew_while_it_is_committed_is_not_committed(
     path = bench.path("hello", {"bin": {}})
     admit = bench.source.admit
 
-    async def replace_key(paths: Sequence[StorePath]) -> Mapping[StorePath, int]:
+    async def replace_key(
+        paths: Collection[StorePath], shown: Collection[StorePath]
+    ) -> Mapping[StorePath, int]:
         monkeypatch.setattr(bench.source, "admit", admit)
         await bench.snapshotter.remove("key")
         await bench.snapshotter.prepare("key", "", {})
-        return await admit(paths)
+        return await admit(paths, shown)
 
     upper = Path((await bench.snapshotter.prepare("key", "", {}))[0].source)
     bench.plant(upper, bench.placeholders(path))
@@ -268,9 +270,11 @@ async def test_what_is_removed_while_it_is_committed_is_not_found(
     path = bench.path("hello", {"bin": {}})
     admit = bench.source.admit
 
-    async def remove_key(paths: Sequence[StorePath]) -> Mapping[StorePath, int]:
+    async def remove_key(
+        paths: Collection[StorePath], shown: Collection[StorePath]
+    ) -> Mapping[StorePath, int]:
         await bench.snapshotter.remove("key")
-        return await admit(paths)
+        return await admit(paths, shown)
 
     upper = Path((await bench.snapshotter.prepare("key", "", {}))[0].source)
     bench.plant(upper, bench.placeholders(path))
@@ -289,11 +293,13 @@ async def test_a_parent_that_is_made_anew_meanwhile_is_another(
     }
     admit = bench.source.admit
 
-    async def replace_parent(paths: Sequence[StorePath]) -> Mapping[StorePath, int]:
+    async def replace_parent(
+        paths: Collection[StorePath], shown: Collection[StorePath]
+    ) -> Mapping[StorePath, int]:
         monkeypatch.setattr(bench.source, "admit", admit)
         await bench.snapshotter.remove("image")
         await bench.layer("image", "", {"file": b"new"})
-        return await admit(paths)
+        return await admit(paths, shown)
 
     await bench.layer("image", "", {"file": b"old"})
     monkeypatch.setattr(bench.source, "admit", replace_parent)

@@ -24,7 +24,7 @@ from fusesnap.snapshots.recognition import recognise
 from fusesnap.snapshots.records import PathKind
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Collection, Mapping
 
     from tests.snapshots.conftest import Bench
 
@@ -83,7 +83,7 @@ async def test_closure_label(bench: Bench) -> None:
     closure = bench.path("closure", {"store-paths": listing(tool, config)})
     both = closure_label(closure) | numbered(bench.path("other", TREE))
     await bench.layer("image", "", {}, both)
-    assert bench.source.realised == [closure]
+    assert bench.source.expected == bench.source.realised == [closure]
     assert set(await kinds(bench, "image")) == {tool, config}
     assert await shown(bench, "image") == {tool.base_name: TREE, config.base_name: b"x"}
 
@@ -310,7 +310,9 @@ async def test_waiting_for_paths_can_be_cancelled(bench: Bench) -> None:
     tool = bench.path("tool", TREE)
     reached = trio.Event()
 
-    async def admit(paths: Sequence[StorePath]) -> Mapping[StorePath, int]:
+    async def admit(
+        paths: Collection[StorePath], shown: Collection[StorePath]
+    ) -> Mapping[StorePath, int]:
         reached.set()
         await trio.sleep_forever()
         return {}

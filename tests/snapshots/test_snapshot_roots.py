@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -41,9 +41,11 @@ async def test_from_before_the_first_look_until_remove(
     both = {hello.base_name, glibc.base_name}
     seen: list[set[str]] = []
 
-    async def admit(paths: Sequence[StorePath]) -> Mapping[StorePath, int]:
+    async def admit(
+        paths: Collection[StorePath], shown: Collection[StorePath]
+    ) -> Mapping[StorePath, int]:
         seen.append(rooted(bench))
-        return await ask(paths)
+        return await ask(paths, shown)
 
     ask = bench.source.admit
     monkeypatch.setattr(bench.source, "admit", admit)
