@@ -11,11 +11,12 @@ from pathlib import Path
 
 from testbed.binary_cache import HttpCache, SigningKey
 from testbed.containerd import Containerd, containerd
-from testbed.fusesnap_daemon import Source, fusesnap_daemon, prefetch
+from testbed.fusesnap_daemon import FusesnapDaemon, Source, fusesnap_daemon, prefetch
 from testbed.link_process import RunningLink
 from testbed.nix_store import CONFIGURATION, STORE_DIR
 from testbed.processes import CommandFailed, run, run_until_output
 
+from benchmarks.coldstart_goals import NAMED
 from benchmarks.coldstart_workloads import Built
 
 START_SECONDS = 600
@@ -32,7 +33,8 @@ class Started:
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """What all starts of one workload share. ``references`` are of images by their kind, over the link.
+    """What all starts of one workload share. ``references`` are of images by their kind, over the link; ``image`` is a
+    store path that is the one with Nix layers.
 
     ``caches`` are the binary caches at its other end, by name.
     """
@@ -41,6 +43,7 @@ class Scene:
     link: RunningLink
     key: SigningKey
     references: dict[str, str]
+    image: str
     local_source: Source
     local_reference: str
     caches: Mapping[str, HttpCache]
@@ -118,6 +121,18 @@ class Fusesnap(Side):
             yield lambda: _pulled(client, scene.references["nix"])
 
 
+class Named(Side):
+    """Ours, of an image that no registry has: its reference names a store path that is the image."""
+
+    name = NAMED
+
+    @contextlib.contextmanager
+    def machine(self, scene: Scene, directory: Path) -> Iterator[Callable[[], list[str]]]:
+        """See Side."""
+        with _kubelets(directory, scene.source("bundled"), complete=True) as (daemon, client):
+            yield lambda: _named(daemon, client, scene.image)
+
+
 class Ordinary(Side):
     """An image that carries everything, in containerd's overlayfs."""
 
@@ -190,6 +205,46 @@ class Warm(Side):
             client.run(reference, "before", timeout=START_SECONDS)
             client.ctr("images", "rm", "--sync", reference)
             yield lambda: _pulled(client, reference)
+
+
+class WarmNamed(Side):
+    """The same as Warm for an image that its store path alone names."""
+
+    name = "fusesnap, nix:0, all local and warm"
+    cold = False
+
+    @contextlib.contextmanager
+    def machine(self, scene: Scene, directory: Path) -> Iterator[Callable[[], list[str]]]:
+        """See Side."""
+        source, root = scene.local_source, scene.image
+        with _kubelets(directory, source, complete=False) as (daemon, client):
+            prefetch(daemon.state, [root], source=source, timeout=START_SECONDS)
+            run_until_output(_named(daemon, client, root), lambda: None, timeout=START_SECONDS)
+            client.remove("one")
+            client.ctr("images", "rm", "--sync", *client.images())
+            yield lambda: _named(daemon, client, root)
+
+
+@contextlib.contextmanager
+def _kubelets(
+    directory: Path, source: Source, *, complete: bool
+) -> Iterator[tuple[FusesnapDaemon, Containerd]]:
+    """A machine on which a kubelet would ask us for images."""
+    settings = directory / "fusesnap.toml"
+    settings.write_text(f'containerd-address = "{directory}/c/containerd.sock"\n')
+    options = ["--config", str(settings)]
+    with (
+        fusesnap_daemon(
+            directory / "s", source=source, options=options, complete=complete
+        ) as daemon,
+        containerd(directory / "c", proxy=daemon.address, cri=True) as client,
+    ):
+        yield daemon, client
+
+
+def _named(daemon: FusesnapDaemon, client: Containerd, image: str) -> list[str]:
+    daemon.pull(f"nix:0{image}", timeout=START_SECONDS)
+    return client.run_command(f"nix:0{image}:latest", "one")
 
 
 def _pulled(client: Containerd, reference: str) -> list[str]:

@@ -5,7 +5,7 @@ from benchmarks.coldstart_goals import PUBLISHED, REALISED, STOCK, TRACED, Bars,
 
 SLOW = Profile("20", 20e6, 0.08)
 FAST = Profile("1000", 1e9, 0.001)
-BARS = Bars(least=1.0, stargz=4.0, untouched=0.4)
+BARS = Bars(least=1.0, named=2.0, stargz=4.0, untouched=0.4)
 
 
 def told(medians: dict[str, float], bars: Bars = BARS, profile: Profile = SLOW) -> list[str]:
@@ -25,8 +25,8 @@ def test_a_stock_cache_is_held_against_realising() -> None:
 
 def test_it_is_to_take_half_where_half_of_the_bytes_go_untouched() -> None:
     medians = {STOCK: 4.0, REALISED: 5.0}
-    assert len(told(medians, Bars(1.0, 4.0, 0.49))) == 1
-    assert told(medians, Bars(1.0, 4.0, 0.5))[1] == (
+    assert len(told(medians, Bars(1.0, None, 4.0, 0.49))) == 1
+    assert told(medians, Bars(1.0, None, 4.0, 0.5))[1] == (
         "fusesnap, stock cache / nix-store --realise, bind mounts, 50% of the bytes untouched: "
         "0.800, at most 0.5: not met"
     )
