@@ -3,21 +3,10 @@
 from __future__ import annotations
 
 import sys
+from importlib import import_module
 
 import click
 
-from fusesnap.cli.cancel import cancel
-from fusesnap.cli.completion import completion
-from fusesnap.cli.daemon import daemon
-from fusesnap.cli.doctor import doctor
-from fusesnap.cli.image import image
-from fusesnap.cli.mount import mount
-from fusesnap.cli.prefetch import prefetch
-from fusesnap.cli.publish import publish
-from fusesnap.cli.start_report import start_report
-from fusesnap.cli.status import status
-from fusesnap.cli.store import store
-from fusesnap.cli.trace import trace
 from fusesnap.errors import FusesnapError
 from fusesnap.exit_codes import exit_code, table
 
@@ -36,7 +25,39 @@ Exit codes:
 """
 
 
-@click.group(epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
+NAMES = (
+    "cancel",
+    "completion",
+    "daemon",
+    "doctor",
+    "image",
+    "mount",
+    "prefetch",
+    "publish",
+    "start-report",
+    "status",
+    "store",
+    "trace",
+)
+
+
+class Commands(click.Group):
+    """Imports a command when it is asked for: all of them take longer than some that people wait for."""
+
+    def list_commands(self, context: click.Context) -> list[str]:
+        """All names, sorted as click sorts them."""
+        return list(NAMES)
+
+    def get_command(self, context: click.Context, name: str) -> click.Command | None:
+        """The command of a name: each module has one, and is called as it is."""
+        if name not in NAMES:
+            return None
+        word = name.replace("-", "_")
+        command: click.Command = getattr(import_module(f"fusesnap.cli.{word}"), word)
+        return command
+
+
+@click.group(cls=Commands, epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="fusesnap", prog_name="fusesnap")
 def cli() -> None:
     """Start containers of Nix packages at once, and fetch what they read.
@@ -44,23 +65,6 @@ def cli() -> None:
     fusesnap shows a file system whose /nix/store entries are fetched from a binary cache at the first access, verified
     against a trusted key, and kept in a local store. Nothing is ever shown unverified.
     """
-
-
-for command in (
-    daemon,
-    mount,
-    image,
-    prefetch,
-    publish,
-    status,
-    start_report,
-    cancel,
-    store,
-    trace,
-    doctor,
-    completion,
-):
-    cli.add_command(command)
 
 
 def main() -> None:

@@ -13,8 +13,9 @@ import trio
 
 from fusesnap.config import Settings
 from fusesnap.daemon.build import Node, open_node, plain_errors
-from fusesnap.daemon.image_sources import opened, stop_if_cancelled, store_path
+from fusesnap.daemon.image_sources import opened, stop_if_cancelled
 from fusesnap.daemon.prefetch import closure_of
+from fusesnap.daemon.store_path_names import store_path
 from fusesnap.daemon.watching import Watch, draw
 from fusesnap.errors import InvalidArgument, InvalidData
 from fusesnap.fetch.kinds import KindFinder

@@ -1,4 +1,4 @@
-"""Images as the commands of ``fusesnap image`` are given them, and store paths as people write them."""
+"""Images as the commands of ``fusesnap image`` are given them."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from typing import Final
 import trio
 
 from fusesnap.daemon.build import Node
+from fusesnap.daemon.store_path_names import is_in_store, store_path
 from fusesnap.errors import InvalidArgument, InvalidData
 from fusesnap.images.blobs import LayoutArchive, LayoutDirectory, LayoutFiles
 from fusesnap.images.documents import MAX_DOCUMENT_SIZE, parse_index
 from fusesnap.images.opening import OpenImage, open_image
 from fusesnap.images.platform import Platform
 from fusesnap.images.reference import parse_reference
-from fusesnap.images.store_images import StoreImages, resolve
+from fusesnap.images.store_images import StoreImages
 from fusesnap.nix.quoting import quote
-from fusesnap.nix.store_path import StorePath
 
 # What containerd, nerdctl and we write; the annotation of the specification may be the tag alone.
 _FULL_NAME: Final = "io.containerd.image.name"
@@ -58,30 +58,6 @@ def name_of(path: Path) -> str:
         said = f"{len(names)} names" if names else "no name"
         raise InvalidArgument(f"{path}: says {said} for the image: give one")
     return names.pop()
-
-
-async def store_path(node: Node, text: str) -> StorePath:
-    """Read a store path, a reference to one, or a link to one, as ``nix build`` leaves it.
-
-    Raises InvalidArgument, and what looking for a hash part raises.
-    """
-    reference = parse_reference(text, node.store_dir)
-    if reference is not None:
-        return await resolve(node.realiser, reference)
-    full = text
-    if not text.startswith(f"{node.store_dir}/"):
-        full = str(await trio.Path(text).resolve())
-    try:
-        return node.store_dir.parse(full)
-    except InvalidData as error:
-        raise InvalidArgument(f"{quote(text)}: expected a store path: {error}") from error
-
-
-def is_in_store(node: Node, text: str) -> bool:
-    """Whether ``text`` names an image by a store path."""
-    return (
-        text.startswith(f"{node.store_dir}/") or parse_reference(text, node.store_dir) is not None
-    )
 
 
 @asynccontextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -10,16 +9,12 @@ import trio
 
 from fusesnap.config import Settings
 from fusesnap.daemon.build import Node, open_node, plain_errors
-from fusesnap.daemon.image_paths import paths_of_image, paths_of_labels
-from fusesnap.daemon.image_sources import is_in_store, local_image, opened, store_path
+from fusesnap.daemon.store_path_names import is_in_store, store_path
 from fusesnap.daemon.watching import meanwhile, share_of, summary
-from fusesnap.errors import ClosureUnavailable, FusesnapError, InvalidArgument
-from fusesnap.images.platform import Platform
-from fusesnap.images.store_images import StoreImages
+from fusesnap.errors import ClosureUnavailable, FusesnapError
+from fusesnap.fetch.priority import Priority
+from fusesnap.images.image_files import is_image
 from fusesnap.nix.store_path import StorePath
-from fusesnap.registry.reference import parse_registry_reference
-from fusesnap.services.containerd_client import open_channel
-from fusesnap.services.image_reader import ImageReader
 
 # How often a person's picture of the progress is drawn anew, in seconds.
 TICK = 0.1
@@ -108,41 +103,25 @@ async def prefetch(node: Node, names: Sequence[str], show: Show, have: Have) -> 
     return done.and_then(await realise_all(node, more, show, have))
 
 
+# Images are imported where there are any: to do so takes as long as a small closure.
+
+
 async def _paths_of_layers(node: Node, name: str) -> Sequence[StorePath]:
-    platform = Platform.of_machine(os.uname().machine)
-    if await trio.Path(local_image(name)[0]).exists():
-        async with opened(node, name, platform) as image:
-            paths = await paths_of_image(node, image)
-    else:
-        paths = await _paths_in_containerd(node, name, platform)
+    from fusesnap.daemon.prefetch_images import paths_of_layers  # noqa: PLC0415
+
+    paths = await paths_of_layers(node, name)
     await _keep(node, paths)
     return paths
 
 
 async def _paths_of_archive(node: Node, path: StorePath) -> Sequence[StorePath]:
     """What the layers of an image in a store path stand for; nothing for a path that is no image."""
-    images = StoreImages(
-        node.store, node.realiser, Platform.of_machine(os.uname().machine), node.settings.root
-    )
-    if not await images.is_image(path):
+    tree = await node.realiser.realise(path, priority=Priority.TRACE)
+    if not await trio.to_thread.run_sync(is_image, tree, node.store.location(path)):
         return ()
-    async with images.open(path) as image:
-        return await paths_of_image(node, image)
+    from fusesnap.daemon.prefetch_images import paths_of_archive  # noqa: PLC0415
 
-
-async def _paths_in_containerd(node: Node, name: str, platform: Platform) -> Sequence[StorePath]:
-    try:
-        full = str(parse_registry_reference(name))
-    except InvalidArgument:
-        raise InvalidArgument(
-            f"{name!r}: expected a store path, an image's file, or its name"
-        ) from None
-    with open_channel(node.settings.containerd_address) as channel:
-        layers = await ImageReader(channel, platform).layers(full)
-    paths = [path for labels in layers for path in await paths_of_labels(node, labels)]
-    if not paths:
-        raise InvalidArgument(f"{full}: no layer of it names store paths")
-    return paths
+    return await paths_of_archive(node, path)
 
 
 async def _keep(node: Node, paths: Sequence[StorePath]) -> None:

@@ -7,7 +7,7 @@ Nix (``nix_layer``), the merged tree (``merge``, ``rootfs``), and images in stor
 (``store_images``, ``opening``) or made of packages (``synthesis``, ``programs``). What is not:
 mounts, registries, containerd.
 
-Everything but ``store_images`` and ``programs``, which fetch, is synchronous, called from threads
+Everything but ``store_images``, ``resolving`` and ``programs``, which fetch, is synchronous, called from threads
 where it is long. It needs no privileges: nothing is extracted, so an ordinary user sees owners,
 devices and modes as the image has them.
 

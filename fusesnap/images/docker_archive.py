@@ -27,6 +27,7 @@ from fusesnap.images.documents import (
     parse_config,
     parse_docker_manifest,
 )
+from fusesnap.images.image_files import MANIFEST_NAME
 from fusesnap.images.layout import Image, ImageLayer
 from fusesnap.images.platform import Platform
 from fusesnap.images.tar_scan import normalised
@@ -34,7 +35,6 @@ from fusesnap.images.uncompressed import compression_of, uncompressed
 from fusesnap.nix.hash import HashAlgorithm
 from fusesnap.nix.quoting import quote
 
-MANIFEST_NAME: Final = "manifest.json"
 MANIFEST_TYPE: Final = "application/vnd.docker.distribution.manifest.v2+json"
 CONFIG_TYPE: Final = "application/vnd.docker.container.image.v1+json"
 _LAYER_TYPES: Final = {

@@ -13,7 +13,8 @@ from fusesnap.errors import InvalidData
 from fusesnap.images.blobs import LayoutArchive, LayoutDirectory, LayoutFiles
 from fusesnap.images.digest import Digest
 from fusesnap.images.disk import Progress, no_progress, refusals
-from fusesnap.images.docker_archive import MANIFEST_NAME, DockerArchive
+from fusesnap.images.docker_archive import DockerArchive
+from fusesnap.images.image_files import MANIFEST_NAME
 from fusesnap.images.layout import Image, ImageLayer, ImageLayout
 from fusesnap.images.platform import Platform
 from fusesnap.nix.store_path import StorePath

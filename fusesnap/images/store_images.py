@@ -6,31 +6,27 @@ import os
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import ExitStack, asynccontextmanager
 from pathlib import Path
-from typing import Final, Protocol
+from typing import Protocol
 
 import trio
 
-from fusesnap.errors import InvalidData, PathNotFound, StorageFailure
+from fusesnap.errors import InvalidData, StorageFailure
 from fusesnap.fetch.keeping import keeping
 from fusesnap.fetch.priority import Priority
 from fusesnap.fetch.realiser import Realiser
 from fusesnap.images.digest import Digest
 from fusesnap.images.disk import open_regular, refusals
-from fusesnap.images.docker_archive import MANIFEST_NAME
+from fusesnap.images.image_files import is_image
 from fusesnap.images.opening import OpenImage, open_image
 from fusesnap.images.platform import Platform, architecture_of_elf
 from fusesnap.images.programs import ProgramFinder, Programs, main_program
 from fusesnap.images.reference import NixReference
+from fusesnap.images.resolving import resolve
 from fusesnap.images.synthesis import synthesise
-from fusesnap.images.uncompressed import compression_of
 from fusesnap.nix.elf import HEAD_SIZE, machine_of
 from fusesnap.nix.store_path import HashPart, StorePath
-from fusesnap.nix.tree import EntryKind, Tree
+from fusesnap.nix.tree import Tree
 from fusesnap.store.local_store import LocalStore
-
-# A tar's magic, in its first block; of old tars without one the checksum would have to do, and nobody writes those.
-_TAR_MAGIC_AT: Final = 257
-_TAR_MAGIC: Final = b"ustar"
 
 
 class ImageFetch(Protocol):
@@ -43,23 +39,6 @@ class ImageFetch(Protocol):
     async def realise(self, path: StorePath, priority: Priority) -> object:
         """Return when the path is committed. Raises as fetching it fails."""
         ...
-
-
-async def resolve(realiser: Realiser, reference: NixReference) -> StorePath:
-    """Return the store path that ``reference`` names.
-
-    Where no cache has one with its hash part it is the path of that spelling: perhaps it can be built, and whoever
-    fetches it says that it cannot be had. Raises InvalidArgument where its name is another one, and as
-    ``Realiser.resolve``.
-    """
-    try:
-        path = await realiser.resolve(reference.hash_part)
-    except PathNotFound:
-        if reference.spelling is None:
-            raise
-        return StorePath(reference.hash_part.hash_part, reference.spelling)
-    reference.check(path)
-    return path
 
 
 class StoreImages:
@@ -92,7 +71,7 @@ class StoreImages:
     async def is_image(self, path: StorePath) -> bool:
         """Fetch ``path``, and say whether it is to be read as an image, rather than as a package."""
         tree = await self._tree(path)
-        return await trio.to_thread.run_sync(_is_image, tree, self._store.location(path))
+        return await trio.to_thread.run_sync(is_image, tree, self._store.location(path))
 
     @asynccontextmanager
     async def open(self, path: StorePath, digest: Digest | None = None) -> AsyncIterator[OpenImage]:
@@ -108,7 +87,7 @@ class StoreImages:
             name = self._store.store_dir.format(path)
             location = self._store.location(path)
             with ExitStack() as opened:
-                if await trio.to_thread.run_sync(_is_image, tree, location):
+                if await trio.to_thread.run_sync(is_image, tree, location):
                     found = open_image(
                         location,
                         name,
@@ -161,27 +140,6 @@ class StoreImages:
                 f"{self._store.store_dir.format(path)}: expected a package for {self._platform}, its program"
                 f" {name} is for {architecture_of_elf(machine)}"
             )
-
-
-def _is_image(tree: Tree, location: Path) -> bool:
-    """Whether a path is to be read as an image, rather than as a package."""
-    kind = tree.kind(0)
-    if kind is EntryKind.DIRECTORY:
-        if tree.child(0, b"oci-layout") is not None:
-            return True
-        names = (b"index.json", MANIFEST_NAME.encode())
-        return tree.child(0, b"bin") is None and any(
-            tree.child(0, name) is not None for name in names
-        )
-    if kind is not EntryKind.REGULAR:
-        return False
-    descriptor = open_regular(location, follow=False)
-    try:
-        with refusals(location):
-            start = os.pread(descriptor, _TAR_MAGIC_AT + len(_TAR_MAGIC), 0)
-    finally:
-        os.close(descriptor)
-    return compression_of(start) != "none" or start[_TAR_MAGIC_AT:] == _TAR_MAGIC
 
 
 def _checked(image: OpenImage, name: str, digest: Digest | None) -> OpenImage:
