@@ -9,6 +9,7 @@ import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from uuid import UUID, uuid4
@@ -42,9 +43,11 @@ from fusesnap.nix.store_path import StoreDir
 from fusesnap.store.local_store import LocalStore
 from fusesnap.store.partial_nars import PartialNars
 from fusesnap.store.room import Room, StoreLimits
+from fusesnap.substituter.addresses import parse_cache_url
 from fusesnap.substituter.client import make_client, open_substituter, tls_context
 from fusesnap.substituter.credentials import Secrets
 from fusesnap.substituter.http import Timeouts
+from fusesnap.substituter.late_tls import LateContext
 from fusesnap.substituter.narinfo_cache import NarInfoCache
 from fusesnap.substituter.patience import WINDOW, Patience
 from fusesnap.substituter.pool import SubstituterPool
@@ -133,7 +136,10 @@ class Authorities:
 
 def authorities(settings: Settings) -> ssl.SSLContext:
     """Who may vouch for a server, for one client. Raises ``InvalidConfiguration``."""
-    return tls_context(settings.ca_file, trust_env=True)
+    read = partial(tls_context, settings.ca_file, trust_env=True)
+    encrypted = any(parse_cache_url(url).scheme == "https" for url in settings.substituters)
+    # What the settings name is read now, so that what is wrong with it is told now.
+    return read() if encrypted or settings.ca_file else LateContext(read)
 
 
 def secrets(settings: Settings) -> Secrets:

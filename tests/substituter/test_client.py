@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ssl
 from pathlib import Path
 
 import httpx
@@ -9,9 +10,10 @@ import pytest
 
 from fusesnap.errors import InvalidConfiguration, PathNotFound, Unavailable
 from fusesnap.nix.narinfo import NarInfo
-from fusesnap.substituter.client import make_client, open_substituter
+from fusesnap.substituter.client import make_client, open_substituter, tls_context
 from fusesnap.substituter.file import FileSubstituter
 from fusesnap.substituter.http import HttpSubstituter
+from fusesnap.substituter.late_tls import LateContext
 from fusesnap.substituter.retry import Refusal
 from tests.substituter.conftest import Nginx
 from tests.substituter.samples import Sample, sample
@@ -113,3 +115,32 @@ async def test_each_scheme_has_its_substituter(tmp_path: Path) -> None:
         assert (server.url, server.priority) == ("https://host", 0)
         with pytest.raises(InvalidConfiguration):
             open_substituter("s3://bucket", client)
+
+
+async def test_authorities_are_read_when_a_connection_is_encrypted(nginx: Nginx) -> None:
+    made = []
+    versions = []
+
+    def read_authorities() -> ssl.SSLContext:
+        made.append(tls_context(nginx.ca_file))
+        return made[-1]
+
+    async def note(response: httpx.Response) -> None:
+        versions.append(response.http_version)
+
+    published = sample("late")
+    publish(nginx, published)
+    async with make_client(tls=LateContext(read_authorities)) as client:
+        client.event_hooks["response"].append(note)
+        await HttpSubstituter(nginx.http, client).narinfo(published.path)
+        assert not made
+        await HttpSubstituter(nginx.https, client).narinfo(published.path)
+        await HttpSubstituter(nginx.https, client).narinfo(published.path)
+    assert len(made) == 1
+    assert versions == ["HTTP/1.1", "HTTP/2", "HTTP/2"]
+
+
+async def test_authorities_that_are_read_late_refuse_a_stranger_too(nginx: Nginx) -> None:
+    async with make_client(tls=LateContext(tls_context)) as client:
+        with pytest.raises(Refusal, match=r"certificate is not accepted: .*unable to get"):
+            await HttpSubstituter(nginx.https, client).narinfo(sample().path)
