@@ -9,6 +9,7 @@ import click
 
 from fusesnap.cli import options
 from fusesnap.cli.status import size
+from fusesnap.daemon.unpackers import LINGER, started_unpackers
 
 if TYPE_CHECKING:
     from fusesnap.daemon.prefetch import Prefetched
@@ -42,11 +43,6 @@ def prefetch(
       FILE or DIR                    an archive or a layout, see `fusesnap image --help`
       registry.example.org/redis:7   an image that containerd has
     """
-    import trio  # noqa: PLC0415
-
-    from fusesnap.cli.progress import FetchProgress  # noqa: PLC0415
-    from fusesnap.daemon.prefetch import prefetch_closures  # noqa: PLC0415
-
     settings = options.settings(
         config,
         default_root=options.default_state(),
@@ -55,8 +51,15 @@ def prefetch(
         trusted_public_keys=trusted_public_keys,
         store_dir=store_dir,
     )
-    with FetchProgress() as progress:
-        done = trio.run(prefetch_closures, settings, paths, progress.update)
+    # They load while we do.
+    with started_unpackers(settings, LINGER) as unpackers:
+        import trio  # noqa: PLC0415
+
+        from fusesnap.cli.progress import FetchProgress  # noqa: PLC0415
+        from fusesnap.daemon.prefetch import prefetch_closures  # noqa: PLC0415
+
+        with FetchProgress() as progress:
+            done = trio.run(prefetch_closures, settings, paths, progress.update, unpackers)
     click.echo(total(done))
 
 

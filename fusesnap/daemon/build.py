@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import os
 import ssl
-import sys
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -25,7 +24,8 @@ from fusesnap.daemon.telemetry.keeper import Telemetry
 from fusesnap.daemon.telemetry.owners import upper_of_reader
 from fusesnap.daemon.telemetry.recorder import Recorder
 from fusesnap.daemon.telemetry.spans import open_spans
-from fusesnap.errors import FusesnapError, StorageFailure
+from fusesnap.daemon.unpackers import make_root, unpack_command
+from fusesnap.errors import FusesnapError
 from fusesnap.fetch.builder import Builder, CommandBuilder
 from fusesnap.fetch.bundles import Bundles
 from fusesnap.fetch.chunked_paths import ChunkedPaths
@@ -37,6 +37,7 @@ from fusesnap.fetch.realiser import Limits, Realiser
 from fusesnap.fetch.references import References
 from fusesnap.fetch.scheduler import LinkLimits
 from fusesnap.fetch.unpack_processes import UnpackProcesses
+from fusesnap.fetch.unpack_start import StartedProcess
 from fusesnap.fetch.unpacking import ThreadUnpackers
 from fusesnap.nix.signature import PublicKey, TrustedKeys
 from fusesnap.nix.store_path import StoreDir
@@ -105,13 +106,7 @@ def leaves(error: BaseException) -> Iterator[BaseException]:
 
 def open_store(settings: Settings, store_dir: StoreDir) -> LocalStore:
     """The local store; blocking, with the start-up pass. Raises ``StorageFailure``."""
-    try:
-        settings.root.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise StorageFailure(
-            f"{settings.root}: cannot be used as state directory: {error.strerror}",
-            error.errno or 0,
-        ) from error
+    make_root(settings)
     return LocalStore.open(settings.root, store_dir, clock=time.time)
 
 
@@ -231,13 +226,6 @@ async def open_chunked_paths(
     return ChunkedPaths(store, pool, partials, keys, link, nursery, stall, observe)
 
 
-def unpack_command(settings: Settings, linger: float = 0.0) -> list[str]:
-    """How a process that unpacks is started; the descriptor of its stream is appended. ``linger``: its argument."""
-    module = "fusesnap.daemon.unpack_worker"
-    command = [sys.executable, "-P", "-m", module, str(settings.root), settings.store_dir]
-    return [*command, str(linger)]
-
-
 def totals_of(pool: SubstituterPool, room: Room) -> Iterator[tuple[str, dict[str, str], float]]:
     """What a pool counts of its caches, and a store of what it removes."""
     paths, size = room.removed
@@ -263,11 +251,13 @@ async def open_node(
     authorities: Authorities | None = None,
     process: str = "command",
     linger: float = 0.0,
+    unpackers: Sequence[StartedProcess] = (),
 ) -> AsyncIterator[Node]:
     """The objects of one state directory, with everything closed and every transfer ended when the block is left.
 
     ``authorities``, where they were loaded before: to do so takes longer than all the rest. ``process`` names ours, for
     people. ``linger``: for how many seconds a path that nobody waits for may wait for others to be committed with.
+    ``unpackers``: processes that unpack, if some were started before.
     """
     store_dir = StoreDir(settings.store_dir)
     store = await trio.to_thread.run_sync(open_store, settings, store_dir)
@@ -281,7 +271,7 @@ async def open_node(
         telemetry.watch(lambda: totals_of(pool, store.room))
         nursery = await stack.enter_async_context(trio.open_nursery())
         try:
-            yield await assembled(settings, store, pool, telemetry, nursery, linger)
+            yield await assembled(settings, store, pool, telemetry, nursery, linger, unpackers)
         finally:
             nursery.cancel_scope.cancel()
 
@@ -293,12 +283,13 @@ async def assembled(
     telemetry: Telemetry,
     nursery: trio.Nursery,
     linger: float,
+    started: Sequence[StartedProcess],
 ) -> Node:
     """What fetches from ``pool`` into ``store``, in tasks of ``nursery``. See :func:`open_node`."""
     fetch = settings.fetch
     link = open_link(nursery, LinkLimits(fetch.transfers, fetch.connections), fetch.bandwidth)
     command, threads = unpack_command(settings, linger), ThreadUnpackers(store)
-    unpackers = UnpackProcesses(command, fetch.unpackers, nursery, threads)
+    unpackers = UnpackProcesses(command, fetch.unpackers, nursery, threads, started)
     chunked = await open_chunked_paths(settings, store, pool, link, nursery, telemetry.fetch)
 
     def heard(event: FetchEvent) -> None:

@@ -10,9 +10,11 @@ import trio
 from fusesnap.config import Settings
 from fusesnap.daemon.build import Node, open_node, plain_errors
 from fusesnap.daemon.store_path_names import is_in_store, store_path
+from fusesnap.daemon.unpackers import LINGER
 from fusesnap.daemon.watching import meanwhile, share_of, summary
 from fusesnap.errors import ClosureUnavailable, FusesnapError
 from fusesnap.fetch.priority import Priority
+from fusesnap.fetch.unpack_start import StartedProcess
 from fusesnap.images.image_files import is_image
 from fusesnap.nix.store_path import StorePath
 
@@ -20,8 +22,6 @@ from fusesnap.nix.store_path import StorePath
 TICK = 0.1
 # Bytes of NARs that are worth the wait for processes that unpack, a third of a second; fewer are unpacked here.
 WORTH_PROCESSES = 8 * 1024 * 1024
-# Seconds for which a path may wait for others to be committed with: no reader is here who would wait for it.
-LINGER = 0.1
 # Paths at once, most of which wait for the disk while others are transferred: the more, the fewer barriers it takes.
 UNDERWAY = 512
 # Of those, how many may wait for their turn on the link, which looks at each whenever something changes.
@@ -53,11 +53,15 @@ class Prefetched:
         )
 
 
-async def prefetch_closures(settings: Settings, names: Sequence[str], show: Show) -> Prefetched:
-    """Realise all that ``names`` stand for: see :func:`prefetch`. ``show`` is called now and then."""
+async def prefetch_closures(
+    settings: Settings, names: Sequence[str], show: Show, unpackers: Sequence[StartedProcess]
+) -> Prefetched:
+    """Realise all that ``names`` stand for: see :func:`prefetch`. ``show`` is called now and then.
+
+    ``unpackers`` were started with :data:`LINGER`.
+    """
     with plain_errors():
-        async with open_node(settings, linger=LINGER) as node:
-            node.unpackers.start()  # they load while narinfos are looked up
+        async with open_node(settings, linger=LINGER, unpackers=unpackers) as node:
             began = trio.current_time()
             done = await prefetch(node, names, show, node.realiser.have)
             received = sum(state.bytes_received for state in node.pool.states())

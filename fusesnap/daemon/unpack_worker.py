@@ -13,7 +13,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from fusesnap.daemon.logs import log_to_stderr
+from fusesnap.daemon.logs import explained, log_to_stderr
 from fusesnap.daemon.niceness import behind_readers
 from fusesnap.fetch.unpack_server import UnpackServer
 from fusesnap.nix.store_path import StoreDir
@@ -30,6 +30,7 @@ def main() -> None:
     if not float(linger):
         behind_readers()
     with (
+        explained("unpack process"),
         socket.socket(fileno=int(stream)) as connection,
         LocalStore.open(Path(state), StoreDir(store_dir), clock=time.time) as store,
         # Whoever started us is gone: there is nobody to tell, and nothing left to do.

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-import socket
-import subprocess
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from itertools import count
@@ -13,6 +11,7 @@ import trio
 
 from fusesnap.errors import FusesnapError
 from fusesnap.fetch.unpack_frames import Frame, FrameKind, FrameParser, decode_error
+from fusesnap.fetch.unpack_start import GRACE, StartedProcess
 from fusesnap.fetch.unpacking import UnpackerDied, Unpackers, Unpacking
 from fusesnap.nix.narinfo import NarInfo
 from fusesnap.store.local_store import Pin
@@ -22,8 +21,6 @@ log = logging.getLogger(__name__)
 RECEIVE = 65536
 # What a NAR costs however small it is, as bytes that are unpacked in the same time.
 FOR_EACH = 256 * 1024
-# Seconds for a process to finish the piece that it is at, and throw away the rest.
-GRACE = 10.0
 # Seconds for it to take a frame. It does one thing at a time: a commit of a large NAR may have to be on a slow disk
 # first. One that takes longer hangs, or is stopped.
 STALLED = 60.0
@@ -32,10 +29,9 @@ STALLED = 60.0
 class UnpackProcesses:
     """A few processes that share the NARs between them.
 
-    ``command`` starts one; the number of its end of the stream is appended. They are exec'd, never only forked: a copy
-    of us that holds the FUSE descriptor would turn our death into a hang. A process ends when its stream does. Used
-    within ``nursery``; one that dies is replaced when the next NAR comes. ``meanwhile`` unpacks until the first of them
-    is ready: a reader that waits must not wait for a process to start too.
+    ``command`` starts one, see :class:`~.unpack_start.StartedProcess`. Used within ``nursery``; one that dies is
+    replaced when the next NAR comes. ``meanwhile`` unpacks until the first of them is ready: a reader that waits must
+    not wait for a process to start too. ``started`` are some that have been started already.
     """
 
     def __init__(
@@ -44,11 +40,14 @@ class UnpackProcesses:
         processes: int,
         nursery: trio.Nursery,
         meanwhile: Unpackers,
+        started: Sequence[StartedProcess] = (),
     ) -> None:
         self._command = list(command)
         self._slots: list[_Process | None] = [None] * processes
         self._nursery = nursery
         self._meanwhile = meanwhile
+        for slot, each in enumerate(started[:processes]):
+            self._slots[slot] = self._heard(each)
 
     def start(self) -> None:
         """Start them all now, so that the first NAR does not wait for one."""
@@ -91,23 +90,22 @@ class UnpackProcesses:
     def _process(self, slot: int) -> _Process:
         process = self._slots[slot]
         if process is None or not process.alive:
-            process = self._slots[slot] = _Process(self._command)
-            self._nursery.start_soon(process.receive, name="unpack process")
+            process = self._slots[slot] = self._heard(StartedProcess(self._command))
+        return process
+
+    def _heard(self, started: StartedProcess) -> _Process:
+        process = _Process(started)
+        self._nursery.start_soon(process.receive, name="unpack process")
         return process
 
 
 class _Process:
     """One process and its stream."""
 
-    def __init__(self, command: Sequence[str]) -> None:
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-        with theirs:
-            descriptor = theirs.fileno()
-            self._process = subprocess.Popen(
-                [*command, str(descriptor)], pass_fds=[descriptor], stdin=subprocess.DEVNULL
-            )
-        ours.setblocking(False)
-        self._stream = trio.SocketStream(trio.socket.from_stdlib_socket(ours))
+    def __init__(self, started: StartedProcess) -> None:
+        self._started = started
+        started.stream.setblocking(False)
+        self._stream = trio.SocketStream(trio.socket.from_stdlib_socket(started.stream))
         self._sending = trio.Lock()
         self._numbers = count(1)
         self._jobs: dict[int, _ProcessUnpacking] = {}
@@ -120,7 +118,7 @@ class _Process:
 
     @property
     def pid(self) -> int:
-        return self._process.pid
+        return self._started.process.pid
 
     @property
     def jobs(self) -> int:
@@ -167,7 +165,7 @@ class _Process:
         """It hangs: the next NAR gets another."""
         log.warning("unpack process %d hangs or is stopped: killed", self.pid)
         self.alive = False
-        self._process.kill()
+        self._started.process.kill()
 
     async def receive(self) -> None:
         """Hand answers to their jobs until the process is gone."""
@@ -196,11 +194,7 @@ class _Process:
             job.land(decode_error(frame.body) if frame.kind is FrameKind.FAILED else None)
 
     def _bury(self) -> None:
-        try:
-            code = self._process.wait(GRACE)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            code = self._process.wait()
+        code = self._started.end()
         if code != 0:
             log.warning("unpack process %d ended with %d", self.pid, code)
 

@@ -11,7 +11,8 @@ import trio
 import trio.testing
 
 from fusesnap.errors import ContentMismatch
-from fusesnap.fetch.unpack_processes import GRACE, STALLED, UnpackProcesses
+from fusesnap.fetch.unpack_processes import STALLED, UnpackProcesses
+from fusesnap.fetch.unpack_start import GRACE, StartedProcess
 from fusesnap.fetch.unpacking import ThreadUnpackers, UnpackerDied
 from fusesnap.store.local_store import LocalStore
 
@@ -205,6 +206,31 @@ async def test_they_leave_the_processor_to_whoever_answers_readers(
     (pid,) = unpackers.pids()
     ours = os.getpriority(os.PRIO_PROCESS, 0)
     assert os.getpriority(os.PRIO_PROCESS, pid) == min(19, ours + nicer)
+
+
+async def test_one_that_was_started_before_takes_a_place(
+    store: LocalStore, nursery: trio.Nursery
+) -> None:
+    state = str(store.layer.parent)
+    command = [sys.executable, "-m", "fusesnap.daemon.unpack_worker", state, "/nix/store"]
+    started = StartedProcess(command)
+    threads = ThreadUnpackers(store)
+    unpackers = UnpackProcesses(["/bin/false"], 1, nursery, threads, started=[started])
+    unpackers.start()
+    with trio.fail_after(60):
+        await unpackers.all_ready()
+    assert unpackers.pids() == [started.process.pid]
+    each = sample()
+    async with unpackers.unpacking(store.pin(each.info), each.info) as unpacking:
+        await unpacking.feed(each.file)
+        await unpacking.commit()
+    assert store.is_committed(each.path)
+
+
+def test_one_that_nobody_talks_to_ends(store: LocalStore) -> None:
+    state = str(store.layer.parent)
+    command = [sys.executable, "-m", "fusesnap.daemon.unpack_worker", state, "/nix/store"]
+    assert StartedProcess(command).end() == 0
 
 
 async def test_they_end_with_whoever_started_them(store: LocalStore) -> None:
