@@ -26,7 +26,7 @@ def calls(bundles: Bundles, store_dir: StoreDir) -> Mapping[str, control.Answer]
     """What the worker answers when it knows what a bundle says; it may take its time."""
 
     async def bundle(question: Mapping[str, Any]) -> dict[str, Any]:
-        """Of which of ``paths``, a closure, no bundle has said anything."""
+        """What a bundle has said of ``paths``, a closure: the sizes of their NARs, in bytes."""
 
         def closure() -> tuple[ClosureDigest, frozenset[StorePath]]:
             paths = frozenset(map(store_dir.parse, question["paths"]))
@@ -34,12 +34,13 @@ def calls(bundles: Bundles, store_dir: StoreDir) -> Mapping[str, control.Answer]
 
         digest, paths = await trio.to_thread.run_sync(closure)
         told = await bundles.find(digest, paths)
-        return {"others": [store_dir.format(path) for path in paths - told.paths]}
+        sizes = told.nar_sizes.items()
+        return {"told": {store_dir.format(path): size for path, size in sizes if path in paths}}
 
     async def bundle_of(question: Mapping[str, Any]) -> dict[str, Any]:
         """Whether a bundle has said anything of the closure of the path with the hash part ``root``."""
         told = await bundles.find_of(HashPart(str(question["root"])))
-        return {"told": bool(told.paths)}
+        return {"told": bool(told.nar_sizes)}
 
     return {"bundle": bundle, "bundle_of": bundle_of}
 
@@ -51,13 +52,15 @@ class WorkersBundles:
         self._store_dir = store_dir
         self._worker = worker
 
-    async def others(self, closure: Collection[StorePath]) -> frozenset[StorePath]:
-        """Those paths of ``closure`` of which no bundle says anything. The rest is pinned, or here."""
+    async def nar_sizes(self, closure: Collection[StorePath]) -> Mapping[StorePath, int]:
+        """Of those paths of ``closure`` that are not here, what a bundle says: how many bytes their NARs have.
+
+        They are pinned so.
+        """
         names = [self._store_dir.format(path) for path in closure]
         answer = await self._ask("bundle", paths=names)
-        if answer is None:
-            return frozenset(closure)
-        return frozenset(map(self._store_dir.parse, answer["others"]))
+        told = {} if answer is None else answer["told"]
+        return {self._store_dir.parse(name): int(size) for name, size in told.items()}
 
     async def expect(self, root: HashPart) -> None:
         """Return when what a bundle says of the closure of the path with this hash part is known, or there is none."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import trio
@@ -16,13 +16,8 @@ from fusesnap.fetch.priority import Priority
 from fusesnap.fetch.realiser import Realiser
 from fusesnap.fetch.unpack_frames import decode_error
 from fusesnap.nix.store_path import HashPart, StoreDir, StorePath
-from fusesnap.store.local_store import Pin
 
 log = logging.getLogger(__name__)
-
-
-def _sizes(pins: Iterable[Pin]) -> dict[StorePath, int]:
-    return {pin.info.store_path: pin.info.nar_size for pin in pins}
 
 
 class LocalPathSource:
@@ -35,7 +30,8 @@ class LocalPathSource:
         self, paths: Collection[StorePath], shown: Collection[StorePath]
     ) -> Mapping[StorePath, int]:
         """See ``PathSource``."""
-        return _sizes(await self._realiser.admit(paths))
+        pins = await self._realiser.admit(paths)
+        return {pin.info.store_path: pin.info.nar_size for pin in pins}
 
     async def expect(self, root: StorePath) -> object:
         """See ``PathSource``."""
@@ -69,8 +65,7 @@ class HintingPathSource(LocalPathSource):
         """See ``PathSource``. What a bundle says of them is not asked for path by path."""
         # Where no bundle is, caches can be asked for narinfos at once.
         self._nursery.start_soon(self._realiser.introduce)
-        others = set(paths) & await self._bundles.others(shown)
-        told = _sizes(await self._realiser.admitted(set(paths) - others))
+        told = await self._bundles.nar_sizes(shown)
         asked = await super().admit(set(paths) - told.keys(), shown)
         return {**told, **asked}
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final, Protocol, TypeVar
 
 import trio
@@ -77,12 +77,12 @@ class BundleCache(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Told:
-    """What a bundle says: the NAR of each of ``paths``, which is pinned and not here yet.
+    """What a bundle says of paths that are not here: the sizes of their NARs, in bytes, which are pinned.
 
     ``brings``: it has bytes of a start, which were missing.
     """
 
-    paths: frozenset[StorePath] = frozenset()
+    nar_sizes: Mapping[StorePath, int] = field(default_factory=dict)
     brings: bool = False
 
 
@@ -139,7 +139,7 @@ class Bundles:
         missing = set(paths) - there
         if not missing:
             return NOTHING_TOLD
-        taken = next((told for told in self._told() if missing <= told.paths), None)
+        taken = next((told for told in self._told() if missing <= told.nar_sizes.keys()), None)
         return taken or await self._find(_Wanted.of_closure(closure))
 
     async def find_of(self, root: HashPart) -> Told:
@@ -209,7 +209,7 @@ class Bundles:
             wanted.check(header)
             pinned = await trio.to_thread.run_sync(self._learn_narinfos, cache, header.narinfos)
             found = await self._take_over(header, pinned)
-            search.told = Told(frozenset(pinned), bool(found))
+            search.told = Told(pinned, bool(found))
             return found
 
         parser = BundleParser(self._keys, self._store.store_dir)
@@ -218,11 +218,12 @@ class Bundles:
 
     # ---------------------------------------------------------------- header
 
-    def _learn_narinfos(self, cache: BundleCache, infos: Sequence[NarInfo]) -> set[StorePath]:
-        """Have them known, also to other processes; returns those paths that are pinned so. Blocking."""
+    def _learn_narinfos(self, cache: BundleCache, infos: Sequence[NarInfo]) -> dict[StorePath, int]:
+        """Have them known, also to other processes; returns those that are pinned, with the sizes. Blocking."""
         cache.remember(infos)
         cache.save()
-        return self._pin(infos)
+        pinned = self._pin(infos)
+        return {info.store_path: info.nar_size for info in infos if info.store_path in pinned}
 
     async def _take_over(
         self, header: BundleHeader, pinned: Collection[StorePath]

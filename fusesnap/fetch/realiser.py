@@ -123,11 +123,6 @@ class Realiser:
             self._store.pins, [offer.narinfo for offer in offers.values()]
         )
 
-    async def admitted(self, paths: Iterable[StorePath]) -> list[Pin]:
-        """The pins of those of ``paths`` that somebody, in whatever process, has admitted."""
-        found = await trio.to_thread.run_sync(self._store.pinned_among, list(paths))
-        return list(found.values())
-
     async def introduce(self) -> None:
         """See ``SubstituterPool.introduce``."""
         await self._pool.introduce()

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 NIX32_ALPHABET: Final = "0123456789abcdfghijklmnpqrsvwxyz"
 _PYTHON_DIGITS: Final = "0123456789abcdefghijklmnopqrstuv"
 _NIX32_TO_PYTHON: Final = str.maketrans(NIX32_ALPHABET, _PYTHON_DIGITS)
+_RFC4648_TO_NIX32: Final = str.maketrans("ABCDEFGHIJKLMNOPQRSTUVWXYZ234567", NIX32_ALPHABET)
 _NIX32_TEXT: Final = re.compile(f"[{NIX32_ALPHABET}]*", re.ASCII)
 _BASE16_TEXT: Final = re.compile("[0-9a-fA-F]*", re.ASCII)
 
@@ -73,9 +74,10 @@ def _nix32_length(size: int) -> int:
 
 def nix32_encode(data: bytes) -> str:
     """Return ``data`` in Nix's base 32."""
-    number = int.from_bytes(data, "little")
-    places = range(_nix32_length(len(data)) - 1, -1, -1)
-    return "".join(NIX32_ALPHABET[number >> 5 * place & 31] for place in places)
+    # The digits of a number whose last byte comes first; RFC 4648's begin with the first byte, in groups of 5.
+    number = bytes(-len(data) % 5) + data[::-1]
+    digits = base64.b32encode(number).decode("ascii").translate(_RFC4648_TO_NIX32)
+    return digits[len(digits) - _nix32_length(len(data)) :]
 
 
 def nix32_decode(text: str) -> bytes:

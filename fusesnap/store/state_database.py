@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeAlias
 
 from fusesnap.errors import Unsupported
 from fusesnap.nix.narinfo import NarInfo, parse_narinfo
@@ -48,6 +48,10 @@ _UPGRADES: Final = {
     " ALTER TABLE paths ADD COLUMN used INTEGER NOT NULL DEFAULT 0",
     2: "CREATE INDEX paths_named ON paths (substr(store_path, 34)) WHERE state = 'recorded'",
 }
+
+
+# Ordinal, state and narinfo of a path with one NAR hash.
+_Row: TypeAlias = tuple[int, str, str]
 
 
 class PathState(StrEnum):
@@ -105,27 +109,17 @@ class StateDatabase:
         """
         wanted = list(infos)
         with self._database.reading("read pins from") as connection:
-            pins = [self._existing_pin(connection, info) for info in wanted]
-        if any(pin is None for pin in pins):
+            pins = self._existing_pins(connection, wanted)
+        if pins is None:
             with self._database.writing("pin paths in") as connection:
                 return [self._pin(connection, info) for info in wanted]
-        return [pin for pin in pins if pin is not None]
+        return pins
 
     def pinned(self, path: StorePath) -> Pin | None:
         """Return the pin that is recorded, else the one that was made last, if there is any."""
         return self._select(
             "store_path = ? ORDER BY state = 'recorded' DESC, ordinal DESC", path.base_name
         )
-
-    def pinned_among(self, paths: Iterable[StorePath]) -> dict[StorePath, Pin]:
-        """Return those of ``paths`` for which :meth:`pinned` has a pin, with it."""
-        query = (
-            "SELECT ordinal, narinfo FROM paths WHERE store_path = ?"
-            " ORDER BY state = 'recorded' DESC, ordinal DESC LIMIT 1"
-        )
-        with self._database.reading("look for paths in") as connection:
-            rows = {path: connection.execute(query, (path.base_name,)).fetchone() for path in paths}
-        return {path: self._pin_from(*row) for path, row in rows.items() if row is not None}
 
     def pin_of(self, ordinal: int) -> Pin | None:
         """Return the pin with this ordinal."""
@@ -309,30 +303,38 @@ class StateDatabase:
                 connection.execute(statement)
             connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
 
-    def _existing_pin(self, connection: sqlite3.Connection, info: NarInfo) -> Pin | None:
-        """Return the pin of ``info`` unless there is something to write."""
-        row = _row_of(connection, info)
+    def _existing_pins(
+        self, connection: sqlite3.Connection, infos: Iterable[NarInfo]
+    ) -> list[Pin] | None:
+        """Return the pins of ``infos`` unless there is something to write."""
+        pins = []
+        for info in infos:
+            pin = self._kept(_row_of(connection, info), info, info.to_text())
+            if pin is None:
+                return None
+            pins.append(pin)
+        return pins
+
+    def _kept(self, row: _Row | None, info: NarInfo, text: str) -> Pin | None:
+        """The pin in ``row``, if it stays as it is; ``text`` is what ``info`` is written as."""
         if row is None:
             return None
         ordinal, state, narinfo = row
-        if narinfo == info.to_text():
+        if narinfo == text:
             return Pin(ordinal, info)
         return self._pin_from(ordinal, narinfo) if state == PathState.RECORDED else None
 
     def _pin(self, connection: sqlite3.Connection, info: NarInfo) -> Pin:
         # Not INSERT ... ON CONFLICT: that uses up an ordinal each time, and inode numbers have few bits for them.
-        pin = self._existing_pin(connection, info)
+        row, text = _row_of(connection, info), info.to_text()
+        pin = self._kept(row, info, text)
         if pin is not None:
             return pin
-        key = (info.store_path.base_name, str(info.nar_hash))
-        row = _row_of(connection, info)
         if row is None:
             insert = "INSERT INTO paths (store_path, nar_hash, narinfo, state) VALUES (?, ?, ?, 'pinned')"
-            inserted = connection.execute(insert, (*key, info.to_text())).lastrowid
-            return Pin(inserted or 0, info)
-        connection.execute(
-            "UPDATE paths SET narinfo = ? WHERE ordinal = ?", (info.to_text(), row[0])
-        )
+            values = info.store_path.base_name, str(info.nar_hash), text
+            return Pin(connection.execute(insert, values).lastrowid or 0, info)
+        connection.execute("UPDATE paths SET narinfo = ? WHERE ordinal = ?", (text, row[0]))
         return Pin(row[0], info)
 
     def _select(self, condition: str, *values: str | int) -> Pin | None:
@@ -362,8 +364,8 @@ def _record(connection: sqlite3.Connection, pin: Pin, now: int) -> None:
     )
 
 
-def _row_of(connection: sqlite3.Connection, info: NarInfo) -> tuple[int, str, str] | None:
-    row: tuple[int, str, str] | None = connection.execute(
+def _row_of(connection: sqlite3.Connection, info: NarInfo) -> _Row | None:
+    row: _Row | None = connection.execute(
         "SELECT ordinal, state, narinfo FROM paths WHERE store_path = ? AND nar_hash = ?",
         (info.store_path.base_name, str(info.nar_hash)),
     ).fetchone()

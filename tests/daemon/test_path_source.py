@@ -37,7 +37,6 @@ class Own:
 
     def __init__(self) -> None:
         self.realised: list[StorePath] = []
-        self.pinned: list[StorePath] = []
         self.looked_up: list[StorePath] = []
 
     async def realise(self, path: StorePath, priority: Priority) -> None:
@@ -45,9 +44,6 @@ class Own:
 
     async def introduce(self) -> None:
         await trio.lowlevel.checkpoint()
-
-    async def admitted(self, paths: Iterable[StorePath]) -> list[Pin]:
-        return [pin_of(path) for path in paths if path in self.pinned]
 
     async def admit(self, paths: Iterable[StorePath]) -> list[Pin]:
         self.looked_up.extend(paths)
@@ -136,21 +132,15 @@ async def test_a_hint_says_how_urgent_it_is(
 async def test_what_a_bundle_says_of_paths_is_not_asked_for(
     source: HintingPathSource, own: Own, worker: Worker
 ) -> None:
-    """But for those that it says nothing of, or that it has said and nobody has pinned."""
-    worker.answer = {"others": [StoreDir().format(OTHER)]}
-    own.pinned = [PATH]
-    assert await source.admit([PATH, OTHER], [PATH, OTHER, BELOW]) == {PATH: 7, OTHER: 7}
+    worker.answer = {"told": {StoreDir().format(PATH): 5}}
+    assert await source.admit([PATH, OTHER], [PATH, OTHER, BELOW]) == {PATH: 5, OTHER: 7}
     assert own.looked_up == [OTHER]
     (asked,) = worker.asked
     assert asked[0] == "bundle"
     assert set(asked[1]) == {StoreDir().format(path) for path in (PATH, OTHER, BELOW)}
-    worker.answer = {"others": []}
-    await source.admit([PATH, BELOW], [PATH, BELOW])
-    assert own.looked_up == [OTHER, BELOW]
 
 
 async def test_without_a_worker_all_is_asked_for(source: HintingPathSource, own: Own) -> None:
-    own.pinned = [PATH]  # of which nobody says that a cache has it now
     assert await source.admit([PATH], [PATH]) == {PATH: 7}
     assert own.looked_up == [PATH]
 

@@ -55,6 +55,10 @@ def bundles_of(nursery: trio.Nursery) -> Callable[[Node], Bundles]:
     return make
 
 
+def told_of(*paths: PublishedPath, brings: bool) -> Told:
+    return Told({path.path: path.info.nar_size for path in paths}, brings)
+
+
 def asked(cache: MemorySubstituter) -> list[str]:
     return [name for name in cache.requests if name != "nix-cache-info"]
 
@@ -95,7 +99,7 @@ async def test_one_without_a_start_brings_what_it_says_and_leaves_the_start_to_t
     cache.files[file_name(closure)] = write_bundle(header, (), KEY, StoreDir())
     node = await make_node()
     bundles = bundles_of(node)
-    told = Told(frozenset([path.path]), brings=False)
+    told = told_of(path, brings=False)
     assert await bundles.find(closure, [path.path]) == told
     await until(lambda: not bundles.are_coming)
     assert await bundles.find(closure, [path.path]) == told
@@ -117,7 +121,7 @@ async def test_any_number_of_starts_share_one_request(
     async with trio.open_nursery() as starts:
         for _ in range(5):
             starts.start_soon(find)
-    assert found == [Told(frozenset(path.path for path in paths), brings=True)] * 5
+    assert found == [told_of(*paths, brings=True)] * 5
     assert asked(cache) == [file_name(closure)]
 
 
@@ -219,7 +223,7 @@ async def test_a_narinfo_that_no_trusted_key_has_signed_is_not_believed_for_bein
     closure = offered(cache, first, replace(second, info=stranger))
     node = await make_node()
     told = await bundles_of(node).find(closure, [first.path, second.path])
-    assert told == Told(frozenset([first.path]), brings=True)
+    assert told == told_of(first, brings=True)
     assert node.store.pinned(first.path) is not None
     assert node.store.pinned(second.path) is None
 
@@ -255,7 +259,7 @@ async def test_the_bundle_of_a_root_is_found_by_its_hash_part_and_serves_what_it
     root, leaf, name = with_root(cache)
     node = await make_node()
     bundles = bundles_of(node)
-    told = Told(frozenset([root.path, leaf.path]), brings=True)
+    told = told_of(root, leaf, brings=True)
     assert await bundles.find_of(HashPart(root.path.hash_part)) == told
     assert await bundles.find(closure_of(leaf), [leaf.path]) == told  # while it is coming
     await until(lambda: not bundles.are_coming)
@@ -271,9 +275,10 @@ async def test_what_other_processes_ask_for_is_known_to_them(
     root, leaf, name = with_root(cache)
     await bundles_of(await make_node()).find_of(HashPart(root.path.hash_part))
     other = await make_node()
-    paths = [root.path, leaf.path, published("third", OTHER).path]
-    admitted = await other.realiser.admitted(paths)
-    assert {pin.info.store_path for pin in admitted} == {root.path, leaf.path}
+    for path in (root, leaf):
+        pin = other.store.pinned(path.path)
+        assert pin is not None
+        assert pin.info.nar_hash == path.info.nar_hash
     assert asked(cache) == [name]
 
 

@@ -21,14 +21,15 @@ from fusesnap.errors import (
 from fusesnap.fetch.builder import Builder
 from fusesnap.fetch.flight import Reader
 from fusesnap.fetch.link import open_link
+from fusesnap.fetch.priority import Priority
 from fusesnap.fetch.realiser import Limits, Realiser
 from fusesnap.fetch.unpacking import ThreadUnpackers
 from fusesnap.images.digest import Digest
 from fusesnap.images.platform import Platform
 from fusesnap.images.reference import parse_reference
-from fusesnap.images.store_images import StoreImages
+from fusesnap.images.store_images import ImageFetch, StoreImages
 from fusesnap.nix.nar import nar_bytes
-from fusesnap.nix.store_path import StoreDir, StorePath
+from fusesnap.nix.store_path import HashPart, StoreDir, StorePath
 from fusesnap.store.local_store import LocalStore
 from fusesnap.substituter.memory import MemorySubstituter
 from fusesnap.substituter.narinfo_cache import NarInfoCache
@@ -87,7 +88,7 @@ async def make_images(
     )
     link, unpackers = open_link(nursery), ThreadUnpackers(store)
 
-    def make(builder: Builder | None = None) -> StoreImages:
+    def make(builder: Builder | None = None, fetch: ImageFetch | None = None) -> StoreImages:
         realiser = Realiser(
             store,
             pool,
@@ -98,7 +99,7 @@ async def make_images(
             lambda pid: Reader(pid, "test"),
             builder=builder,
         )
-        return StoreImages(store, realiser, Platform("linux", "amd64"), tmp_path)
+        return StoreImages(store, realiser, Platform("linux", "amd64"), tmp_path, fetch)
 
     return make
 
@@ -259,3 +260,30 @@ async def test_a_package_that_may_run(images: StoreImages, publish: Publish, sta
     path = publish("hello-1", {"bin": {"hello": (start,), "link": "hello"}})
     async with images.open(path) as image:
         assert b"bin/hello" in image.image.config.data
+
+
+class Elsewhere:
+    """Who fetches for this process; what it is asked for, in order."""
+
+    def __init__(self) -> None:
+        self.asked: list[object] = []
+
+    async def expect(self, root: HashPart) -> None:
+        self.asked.append(root)
+
+    async def realise(self, path: StorePath, priority: Priority) -> None:
+        self.asked.append((path, priority))
+
+
+async def test_another_process_fetches_where_there_is_one(
+    make_images: MakeImages, publish: Publish, cache: MemorySubstituter
+) -> None:
+    """Before this one looks a reference up: it may be told of more than it asks for."""
+    path = publish("hello", {"bin": {"hello": b"#!/bin/sh\n"}})
+    elsewhere = Elsewhere()
+    images = make_images(fetch=elsewhere)
+    reference = parse_reference(f"nix:0/nix/store/{path}", StoreDir())
+    assert reference is not None
+    assert await images.resolve(reference) == path
+    assert not await images.is_image(path)
+    assert elsewhere.asked == [HashPart(path.hash_part), (path, Priority.TRACE)]
