@@ -5,6 +5,8 @@ from __future__ import annotations
 import ssl
 from http.cookiejar import CookieJar, DefaultCookiePolicy
 from pathlib import Path
+from typing import Final
+from urllib.request import getproxies
 
 import httpx
 
@@ -15,7 +17,11 @@ from fusesnap.substituter.base import DEFAULT_STORE_DIR, Substituter
 from fusesnap.substituter.credentials import Secrets
 from fusesnap.substituter.file import FileSubstituter
 from fusesnap.substituter.http import DEFAULT_TIMEOUTS, HttpSubstituter, Timeouts
+from fusesnap.substituter.plain_http import PlainTransport
 from fusesnap.substituter.retry import DEFAULT_RETRIES, RetryPolicy
+
+# The environment's proxies for encrypted requests are httpx's business; these would carry the others.
+_OF_ALL_OR_HTTP: Final = frozenset({"all", "http"})
 
 
 def make_client(
@@ -41,7 +47,10 @@ def make_client(
     is a :func:`tls_context` made before, for this client alone: a connection sets in it which
     versions of HTTP it offers. Raises InvalidConfiguration that names the file.
     """
+    direct = proxy is None and not (trust_env and getproxies().keys() & _OF_ALL_OR_HTTP)
+    plain = PlainTransport(max_connections, idle)
     return httpx.AsyncClient(
+        mounts={"http://": plain} if direct else None,
         http2=http2,
         verify=tls or tls_context(ca_file, trust_env=trust_env),
         limits=httpx.Limits(

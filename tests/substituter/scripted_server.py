@@ -132,6 +132,8 @@ class MemoryNetwork(httpcore.AsyncNetworkBackend):
     def attach(self, client: httpx.AsyncClient) -> httpx.AsyncClient:
         """Let a client use this network and no other."""
         client._transport._pool._network_backend = self  # type: ignore[attr-defined]
+        for transport in client._mounts.values():
+            transport.network = self  # type: ignore[union-attr]
         return client
 
     async def connect_tcp(
