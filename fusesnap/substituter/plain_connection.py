@@ -6,7 +6,6 @@ would copy every byte of it, and look at each piece. Source: RFC 9112.
 
 from __future__ import annotations
 
-from contextlib import suppress
 from typing import Final
 
 import h11
@@ -19,6 +18,7 @@ _READ_HEAD: Final = 64 * 1024
 READ: Final = 256 * 1024
 # As httpcore: what is longer is no head.
 _MAX_HEAD: Final = 100 * 1024
+_WITHOUT_BODY: Final = frozenset({"GET", "HEAD"})
 _BODILESS: Final = frozenset({204, 304})
 
 Origin = tuple[str, int]
@@ -48,21 +48,34 @@ class PlainConnection:
     async def ask(
         self, request: httpx.Request, write: float | None, read: float | None
     ) -> h11.Response:
-        """Send ``request``, which has no body, and return the head of the response. Times in seconds."""
+        """Send ``request`` and return the head of the response. Times in seconds."""
         self.is_reusable = False
         machine = self._machine = h11.Connection(h11.CLIENT, max_incomplete_event_size=_MAX_HEAD)
-        head = h11.Request(
-            method=request.method, target=request.url.raw_path, headers=request.headers.raw
-        )
-        sent = (machine.send(head) or b"") + (machine.send(h11.EndOfMessage()) or b"")
-        with suppress(httpcore.WriteError):  # a server may refuse, and close, before it has read
-            await self._stream.write(sent, write)
+        try:
+            await self._send(request, write)
+            refused = False
+        except httpcore.WriteError:  # a server may refuse, and close, before it has read all
+            refused = True
         while not isinstance(event := await self._event(_READ_HEAD, read), h11.Response):
             pass  # 1xx: the response is still to come
         self._left = _length(request, event)
         self._held = b"" if self._left is None else machine.trailing_data[0]
-        self._ends = _ends(event)
+        self._ends = refused or _ends(event)
         return event
+
+    async def _send(self, request: httpx.Request, write: float | None) -> None:
+        """In one piece, but for a body."""
+        machine = self._machine
+        head = h11.Request(
+            method=request.method, target=request.url.raw_path, headers=request.headers.raw
+        )
+        unsent = machine.send(head) or b""
+        body = request.stream
+        if request.method not in _WITHOUT_BODY and isinstance(body, httpx.AsyncByteStream):
+            async for piece in body:
+                await self._stream.write(unsent + (machine.send(h11.Data(piece)) or b""), write)
+                unsent = b""
+        await self._stream.write(unsent + (machine.send(h11.EndOfMessage()) or b""), write)
 
     async def receive(self, read: float | None) -> bytes:
         """The next piece of the body; empty at its end."""

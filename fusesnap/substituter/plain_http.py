@@ -56,7 +56,7 @@ class PlainTransport(httpx.AsyncBaseTransport):
         self._idle: deque[PlainConnection] = deque()  # the one that was used last at the end
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
-        """Send ``request``, which has no body; that of the response is read from its stream."""
+        """Send ``request``; the body of the response is read from its stream."""
         timeouts = request.extensions.get("timeout", {})
         await self._turn(request, timeouts.get("pool"))
         connection = None

@@ -118,6 +118,31 @@ async def test_a_server_that_closes_instead_of_answering(
         await read(transport, "http://cache/file")
 
 
+@pytest.mark.parametrize("length", [None, READ + 5], ids=["chunked", "of known length"])
+async def test_a_body_is_sent(length: int | None, nursery: trio.Nursery) -> None:
+    body = b"h" * (READ + 5)
+    received = bytearray()
+
+    async def serve(stream: trio.SocketStream) -> None:
+        while body not in received.replace(b"\r\n3\r\n", b"").replace(b"\r\n40002\r\n", b""):
+            received.extend(await stream.receive_some(65536))
+        await stream.send_all(b"HTTP/1.1 201 Created\r\nContent-Length: 0\r\n\r\n")
+
+    async def pieces() -> AsyncIterator[bytes]:
+        yield body[:3]
+        yield body[3:]
+
+    listeners = await trio.open_tcp_listeners(0, host="127.0.0.1")
+    port = listeners[0].socket.getsockname()[1]
+    nursery.start_soon(trio.serve_listeners, serve, listeners)
+    async with make_client() as client:
+        headers = {} if length is None else {"Content-Length": str(length)}
+        url = f"http://127.0.0.1:{port}/file"
+        response = await client.put(url, content=pieces(), headers=headers)
+    assert response.status_code == 201
+    assert (b"chunked" in received) == (length is None)
+
+
 async def test_who_comes_when_all_are_in_use_waits_for_a_turn(
     server: ScriptedServer, transport: PlainTransport, autojump_clock: MockClock
 ) -> None:
