@@ -29,6 +29,7 @@ from fusesnap.child import GRACE, Check, Child, Process, log
 from fusesnap.daemon_lock import DaemonLock, InUse, Unusable
 from fusesnap.fuse_mount import Connection, MountFailure
 from fusesnap.handover import Handover
+from fusesnap.load import command_of
 from fusesnap.relay import Relay
 from fusesnap.systemd import ServiceManager
 
@@ -155,8 +156,7 @@ class Supervisor:
 
     def room(self, name: str, *arguments: str) -> list[str]:
         """A child's command; the number of its line is appended."""
-        # -P: the working directory is no place to import from.
-        return [sys.executable, "-P", "-m", f"fusesnap.daemon.{name}", self.settings, *arguments]
+        return command_of(f"fusesnap.daemon.{name}", self.settings, *arguments)
 
     def switch(self) -> None:
         """A new worker takes over."""

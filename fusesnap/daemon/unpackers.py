@@ -5,7 +5,6 @@ What is imported here is therefore little.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Final
@@ -13,6 +12,7 @@ from typing import Final
 from fusesnap.config import Settings
 from fusesnap.errors import StorageFailure
 from fusesnap.fetch.unpack_start import StartedProcess
+from fusesnap.load import command_of
 
 # Seconds for which a path may wait for others to be committed with, where no reader is who would wait for it.
 LINGER: Final = 0.1
@@ -31,9 +31,8 @@ def make_root(settings: Settings) -> None:
 
 def unpack_command(settings: Settings, linger: float = 0.0) -> list[str]:
     """How a process that unpacks is started; the descriptor of its stream is appended. ``linger``: its argument."""
-    module = "fusesnap.daemon.unpack_worker"
-    command = [sys.executable, "-P", "-m", module, str(settings.root), settings.store_dir]
-    return [*command, str(linger)]
+    root, store_dir = str(settings.root), settings.store_dir
+    return command_of("fusesnap.daemon.unpack_worker", root, store_dir, str(linger))
 
 
 @contextmanager
