@@ -10,7 +10,7 @@ import platform
 import statistics
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,7 @@ from benchmarks.coldstart_goals import (
 )
 from benchmarks.coldstart_sides import (
     START_SECONDS,
+    Before,
     Eager,
     Fusesnap,
     Named,
@@ -52,6 +53,7 @@ from benchmarks.coldstart_sides import (
     Scene,
     Side,
     Started,
+    Updated,
     Warm,
     WarmNamed,
     start,
@@ -79,6 +81,9 @@ Choose with --workload, --profile, --side and --rounds.
 ROUNDING = 16 * 1024  # bytes; as startup traces round extents
 PROFILES = {"5": (5e6, 0.2), "20": (20e6, 0.08), "100": (100e6, 0.02), "1000": (1e9, 0.001)}
 KINDS = ("nix", "gzip", "zstd")
+# A package that everything in the closures needs, so that all its paths have other names.
+REBUILT = "libc6"
+BEFORE = "before"
 
 
 @dataclass
@@ -184,6 +189,7 @@ def sides() -> list[Side]:
         Fusesnap(PUBLISHED, "published"),
         Fusesnap(TRACED, "traced"),
         Fusesnap(BUNDLED, "bundled"),
+        Updated(),
         WarmNamed(),
         Named(),
         Eager(),
@@ -201,6 +207,7 @@ class Ready:
     caches: dict[str, CacheFiles]
     images: dict[str, str]
     path: str  # the image with Nix layers
+    before: CacheFiles | None = None  # of the generation before, whose image is there too
 
 
 def make_ready(
@@ -226,6 +233,19 @@ def make_ready(
         images.push(archive, names[kind])
         archive.unlink()
     return Ready(built, caches, names, path)
+
+
+def with_before(
+    ready: Ready, work: Path, key: SigningKey, images: Registry, directory: Path
+) -> Ready:
+    """The same with the generation before, in which one package below everything was another build."""
+    built = Built.make(ready.built.workload, ready.built.store, rebuilt=REBUILT)
+    name = f"cold-{built.workload.name}-{BEFORE}"
+    files = publish_cache(built.store, [built.closure.root], work / f"published-{name}", key)
+    archive = built.nix_image(directory / f"{name}.tar")
+    images.push(archive, f"{name}:latest")
+    archive.unlink()
+    return replace(ready, images={**ready.images, BEFORE: f"{name}:latest"}, before=files)
 
 
 def add_trace(
@@ -282,9 +302,16 @@ def scene(
         references = {
             kind: images.reference(name, port=port) for kind, name in ready.images.items()
         }
+        before = None
+        if ready.before is not None:
+            near = stack.enter_context(http_cache(ready.before, directory / f"nginx-{BEFORE}"))
+            reference = images.reference(ready.images[BEFORE])
+            before = Before(Source([near.url], [key.public]), reference)
         local = Source([caches["stock"].url], [key.public])
         local_reference = images.reference(ready.images["nix"])
-        yield Scene(ready.built, link, key, references, ready.path, local, local_reference, caches)
+        yield Scene(
+            ready.built, link, key, references, ready.path, local, local_reference, caches, before
+        )
 
 
 def measure(
@@ -369,6 +396,8 @@ def main() -> int:
         key = signing_key(given.work / "keys")
         for name in given.workload or WORKLOADS:
             ready = make_ready(WORKLOADS[name], given.work, key, images, directory)
+            if any(isinstance(side, Updated) for side in chosen):
+                ready = with_before(ready, given.work, key, images, directory)
             for profile in given.profile or ["20"]:
                 link = Profile(profile, *PROFILES[profile])
                 results.append(measure(ready, link, key, images, directory, chosen, given.rounds))

@@ -10,9 +10,10 @@ PUBLISHED = "fusesnap, published cache"
 TRACED = "fusesnap, published with trace"
 BUNDLED = "fusesnap, published with bundle"
 NAMED = "fusesnap, nix:0 with bundle"
+UPDATED = "fusesnap, published, update"
 REALISED = "nix-store --realise, bind mounts"
 PULLED = ("OCI pull, gzip", "OCI pull, zstd")
-OURS = (STOCK, PUBLISHED, TRACED, BUNDLED, NAMED)
+OURS = (STOCK, PUBLISHED, TRACED, BUNDLED, NAMED, UPDATED)
 HALF = 0.5
 FAST_RATE, FAST_ROUND_TRIP = 1e9, 0.001  # bits a second, seconds
 

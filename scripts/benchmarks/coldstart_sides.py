@@ -16,7 +16,7 @@ from testbed.link_process import RunningLink
 from testbed.nix_store import CONFIGURATION, STORE_DIR
 from testbed.processes import CommandFailed, run, run_until_output
 
-from benchmarks.coldstart_goals import NAMED
+from benchmarks.coldstart_goals import NAMED, UPDATED
 from benchmarks.coldstart_workloads import Built
 
 START_SECONDS = 600
@@ -29,6 +29,14 @@ class Started:
 
     seconds: float
     crossed: int
+
+
+@dataclass(frozen=True, slots=True)
+class Before:
+    """What an update finds on its machine: another generation of the closure, whose cache and image are near."""
+
+    source: Source
+    reference: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +55,7 @@ class Scene:
     local_source: Source
     local_reference: str
     caches: Mapping[str, HttpCache]
+    before: Before | None = None
 
     def source(self, cache: str) -> Source:
         """A binary cache over the link."""
@@ -118,6 +127,27 @@ class Fusesnap(Side):
             ) as daemon,
             containerd(directory / "c", proxy=daemon.address) as client,
         ):
+            yield lambda: _pulled(client, scene.references["nix"])
+
+
+class Updated(Side):
+    """Ours from the published cache, on a machine that has run a generation of which hardly more than names differs."""
+
+    name = UPDATED
+
+    @contextlib.contextmanager
+    def machine(self, scene: Scene, directory: Path) -> Iterator[Callable[[], list[str]]]:
+        """See Side."""
+        if scene.before is None:
+            raise ValueError("the generation before was not built")
+        near, far = scene.before.source, scene.source("published")
+        source = Source([*near.caches, *far.caches], near.keys)
+        with (
+            fusesnap_daemon(directory / "s", source=source, complete=True) as daemon,
+            containerd(directory / "c", proxy=daemon.address) as client,
+        ):
+            client.pull(scene.before.reference)
+            client.run(scene.before.reference, "before", timeout=START_SECONDS)
             yield lambda: _pulled(client, scene.references["nix"])
 
 
