@@ -43,6 +43,7 @@ from benchmarks.coldstart_goals import (
     Profile,
     goals,
 )
+from benchmarks.coldstart_peers import NixSnapshotter
 from benchmarks.coldstart_sides import (
     START_SECONDS,
     Before,
@@ -76,7 +77,8 @@ than the quickest OCI pull.
 
 One round of the shell with all sides takes 50 s over 1000 Mbit/s, 55 s over 100, 80 s over 20 and 170 s over 5, with
 what is built for it on two processors (the closure is kept); larger closures take longer.
-Choose with --workload, --profile, --side and --rounds.
+Choose with --workload, --profile, --side and --rounds. With --nix-snapshotter, a program as `go install
+github.com/pdtpartners/nix-snapshotter@v0.4.0` makes it, that is a side too.
 """
 ROUNDING = 16 * 1024  # bytes; as startup traces round extents
 PROFILES = {"5": (5e6, 0.2), "20": (20e6, 0.08), "100": (100e6, 0.02), "1000": (1e9, 0.001)}
@@ -181,8 +183,9 @@ class Result:
         return table
 
 
-def sides() -> list[Side]:
-    """All ways to start."""
+def sides(nix_snapshotter: Path | None = None) -> list[Side]:
+    """All ways to start; that of a program by its path, where it is given."""
+    peers = [] if nix_snapshotter is None else [NixSnapshotter(nix_snapshotter)]
     return [
         Warm(),
         Fusesnap(STOCK, "stock"),
@@ -196,6 +199,7 @@ def sides() -> list[Side]:
         Eager(copying=True),
         Ordinary("gzip"),
         Ordinary("zstd"),
+        *peers,
     ]
 
 
@@ -386,7 +390,7 @@ def main() -> int:
     given = _arguments()
     chosen = [
         side
-        for side in sides()
+        for side in sides(given.nix_snapshotter)
         if not given.side
         or isinstance(side, Warm | WarmNamed)
         or any(text in side.name for text in given.side)
@@ -422,6 +426,7 @@ def _arguments() -> argparse.Namespace:
     add("--workload", action="append", choices=list(WORKLOADS), help="one or several; default all")
     add("--profile", action="append", choices=list(PROFILES), help="Mbit/s; default 20")
     add("--side", action="append", metavar="TEXT", help="only sides whose name has TEXT")
+    add("--nix-snapshotter", type=Path, metavar="FILE", help="a program to be one more side")
     add("--json", action="store_true", help="print JSON, in seconds and bytes")
     add("--charts", type=Path, metavar="DIR", help="write an SVG chart for each link into DIR")
     add("--work", type=Path, default=default_work(), help=argparse.SUPPRESS)

@@ -19,6 +19,7 @@ from testbed.containerd_configuration import (
     pods_part,
     write_network,
 )
+from testbed.cri_pull import cri_pull
 from testbed.processes import (
     CommandFailed,
     Service,
@@ -137,6 +138,10 @@ class Containerd:
         options += self._local(not transfer)
         self.ctr("images", "pull", *options, reference, timeout=timeout)
 
+    def cri_pull(self, reference: str, *, timeout: float = 60) -> str:
+        """Pull an image as a kubelet does, which has no other endpoint for images; returns its id."""
+        return cri_pull(self.address, reference, timeout=timeout)
+
     def import_archive(
         self,
         archive: Path,
@@ -254,6 +259,7 @@ def containerd(
     remap_ids: bool = False,
     sandbox: str = "",
     differ: str = "",
+    inside: Sequence[str | Path] = (),
 ) -> Iterator[Containerd]:
     """Run a containerd of its own for the time of the context; containers left over are ended with it.
 
@@ -264,7 +270,7 @@ def containerd(
     snapshotter, for which 2.1 and later do without the transfer service. ``release`` is the host's own unless given.
     ``remap_ids``: the proxy snapshotter is said to map the ids of user namespaces. ``sandbox``: the image
     that pods run on. With ``differ``, ``fusesnap-diff`` is asked for diffs first, on the same socket, and ``differ`` is
-    what the transfer service unpacks with.
+    what the transfer service unpacks with. ``inside``: the words of a command that runs it, as in a mount namespace.
     """
     work.mkdir(parents=True, exist_ok=True)
     release = release or Release.of()
@@ -276,7 +282,7 @@ def containerd(
         write_network(work / "cni")
     (work / "containerd.toml").write_text(text)
     try:
-        with _running(work, release, work / "containerd.log") as service:
+        with _running(work, release, work / "containerd.log", inside) as service:
             instance = Containerd(
                 service,
                 work,
@@ -290,8 +296,11 @@ def containerd(
         end_containers(work)
 
 
-def _running(work: Path, release: Release, log: Path) -> contextlib.AbstractContextManager[Service]:
+def _running(
+    work: Path, release: Release, log: Path, inside: Sequence[str | Path] = ()
+) -> contextlib.AbstractContextManager[Service]:
     command: list[str | Path] = [
+        *inside,
         release.program("containerd"),
         "--config",
         work / "containerd.toml",

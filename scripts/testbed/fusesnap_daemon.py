@@ -10,11 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import grpc
-
-from fusesnap.services.api.cri_images_pb2 import ImageSpec, PullImageRequest
-from fusesnap.services.api.cri_images_pb2_grpc import ImageServiceStub
 from testbed.containerd import mounts_below
+from testbed.cri_pull import cri_pull
 from testbed.processes import Service, run, running
 
 # Beside the interpreter that runs the test bed: the virtual environment's.
@@ -52,9 +49,7 @@ class FusesnapDaemon:
 
     def pull(self, reference: str, *, timeout: float = 60) -> str:
         """Pull an image as a kubelet does; returns its id. Its containerd is what the daemon's options say."""
-        request = PullImageRequest(image=ImageSpec(image=reference))
-        with grpc.insecure_channel(f"unix:{self.address}") as channel:
-            return ImageServiceStub(channel).PullImage(request, timeout=timeout).image_ref
+        return cri_pull(self.address, reference, timeout=timeout)
 
     def start_report(self, *words: str | Path) -> str:
         """What ``fusesnap start-report`` prints."""

@@ -13,6 +13,8 @@ from pathlib import Path, PurePosixPath
 from testbed.processes import run
 
 STORE_DIR = "/nix/store"
+# Runs a command where a directory's ``nix`` is /nix.
+PRIVATE_NIX = Path(__file__).with_name("with-private-nix.sh")
 CONFIGURATION = {
     "NIX_REMOTE": "local",
     "NIX_CONFIG": "\n".join(
@@ -56,10 +58,9 @@ class NixStore:
 
     def build(self, expression: str, *, timeout: float = 900) -> str:
         """Build a Nix expression and return its output's store path."""
-        script = Path(__file__).with_name("with-private-nix.sh")
         build = ["nix-build", "--no-out-link", "--quiet", "--no-build-output", "-"]
         output = run(
-            [script, self.directory, *build],
+            [PRIVATE_NIX, self.directory, *build],
             env=CONFIGURATION,
             cwd=Path("/"),
             stdin=expression,
