@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import shutil
 import subprocess
 import sys
@@ -126,7 +127,7 @@ NodeMaker = Callable[..., Node]
 
 @pytest.fixture
 def make_node(work: Path, image_registry: Registry, key: SigningKey) -> Iterator[NodeMaker]:
-    """Start a node with the given caches."""
+    """Start a node with the given caches; with a spare worker only where one is to die."""
     with contextlib.ExitStack() as stack:
 
         def make(
@@ -138,16 +139,18 @@ def make_node(work: Path, image_registry: Registry, key: SigningKey) -> Iterator
             remap_ids: bool = False,
             sandbox: str = "",
             differ: str = "",
+            spare: bool = False,
         ) -> Node:
-            if differ:
-                settings = work / "differ.toml"
-                settings.write_text(f'containerd-address = "{work}/c/containerd.sock"\n')
-                options = ["--config", str(settings), *options]
+            settings = work / "node.toml"
+            settings.write_text(
+                f"spare-worker = {json.dumps(spare)}\n"
+                + (f'containerd-address = "{work}/c/containerd.sock"\n' if differ else "")
+            )
             daemon = stack.enter_context(
                 fusesnap_daemon(
                     work / "s",
                     source=Source(caches, keys or [key.public]),
-                    options=options,
+                    options=["--config", str(settings), *options],
                 )
             )
             client = stack.enter_context(

@@ -39,7 +39,7 @@ def container(
     nix_layers: NixLayers,
     base_layer: Layer,
 ) -> Iterator[tuple[Node, Container]]:
-    node = make_node(published_cache.url)
+    node = make_node(published_cache.url, spare=True)
     reference = node.pull([base_layer, nix_layers()])
     with node.containerd.started(reference, "one", f"{simple.root}/bin/sleep", "1000") as started:
         yield node, started

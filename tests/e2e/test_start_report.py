@@ -14,19 +14,20 @@ from testbed.images import Layer
 from testbed.processes import run_unchecked, wait_for_process
 from testbed.synthetic import SimpleClosure
 
-from .conftest import SHELL, Node
+from .conftest import SHELL, NodeMaker
 
 NixLayers = Callable[..., Layer]
 
 
 def test_a_start_is_explained_when_its_container_and_its_worker_are_gone(
-    node: Node,
+    make_node: NodeMaker,
     cache: HttpCache,
     simple: SimpleClosure,
     base_layer: Layer,
     nix_layers: NixLayers,
     tmp_path: Path,
 ) -> None:
+    node = make_node(cache.url, spare=True)
     reference = node.pull([base_layer, nix_layers()])
     read = f"wc -c < {simple.large}/data; ls {simple.tree} > /dev/null"
     node.containerd.run(reference, "one", *SHELL, read)

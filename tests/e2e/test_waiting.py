@@ -164,7 +164,7 @@ def test_a_worker_that_is_told_to_stop_leaves_its_readers_to_the_next(
     layers: list[Layer],
     relay: str,
 ) -> None:
-    node = make_node(cache.url, options=["--relay", relay])
+    node = make_node(cache.url, spare=True, options=["--relay", relay])
     with blocked(node, cache, simple, layers) as (container, silence):
         worker = node.daemon.status()["worker"]["pid"]
         os.kill(worker, signal.SIGTERM)
