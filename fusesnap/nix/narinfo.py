@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Final, TypeVar
 from urllib.parse import unquote
 
@@ -24,6 +25,9 @@ from fusesnap.nix.store_path import StoreDir, StorePath
 MAX_NARINFO_SIZE: Final = 1024 * 1024
 # One signature a key that vouches; each that names a trusted key costs a verification.
 MAX_SIGNATURES: Final = 128
+# Bytes of most narinfos, and how many as small as that are kept parsed: those of a closure, in some 8 MB.
+_USUAL_SIZE: Final = 4096
+_KEPT: Final = 2048
 # Nix keeps sizes in signed 64-bit columns.
 MAX_SIZE: Final = 2**63 - 1
 
@@ -106,6 +110,11 @@ def parse_narinfo(data: bytes, store_dir: StoreDir) -> NarInfo:
 
     Raises :class:`InvalidData` naming the field.
     """
+    # Who fetches a path meets with its narinfo several times: from its cache, on disk, and in our database.
+    return _parsed_of_late(data, store_dir) if len(data) <= _USUAL_SIZE else _parse(data, store_dir)
+
+
+def _parse(data: bytes, store_dir: StoreDir) -> NarInfo:
     single: dict[str, str] = {}
     signatures: list[str] = []
     unknown: list[tuple[str, str]] = []
@@ -138,6 +147,9 @@ def parse_narinfo(data: bytes, store_dir: StoreDir) -> NarInfo:
         unknown=tuple(unknown),
         store_dir=store_dir,
     )
+
+
+_parsed_of_late = lru_cache(maxsize=_KEPT)(_parse)
 
 
 def _lines(data: bytes) -> Iterator[tuple[str, str]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from contextlib import AbstractAsyncContextManager, suppress
 from dataclasses import dataclass
+from functools import lru_cache, partial
 from typing import Final, TypeVar
 
 import trio
@@ -38,6 +39,8 @@ _AT_A_TIME: Final = 128
 _ELSEWHERE: Final = 5.0
 # Answers that may wait in memory while others are still being asked for.
 _UNWRITTEN: Final = 256
+# Narinfos whose signatures are not checked again: those of a closure.
+_TRUSTED: Final = 2048
 
 T = TypeVar("T")
 
@@ -102,7 +105,8 @@ class SubstituterPool:
             for order, substituter in enumerate(unique.values())
         ]
         self._store_dir = store_dir
-        self._trusted_keys = trusted_keys
+        # An offer is looked for more than once, and remembered; what is not trusted raises, and is not.
+        self._check_trust = lru_cache(maxsize=_TRUSTED)(partial(check_trust, keys=trusted_keys))
         self._narinfo_cache = narinfo_cache
         self._retry = retry
         self._deadline = deadline
@@ -320,13 +324,13 @@ class SubstituterPool:
         except PathNotFound:
             self._narinfo_cache.remember(watched.url, path, None)
             raise
-        check_trust(info, self._trusted_keys)
+        self._check_trust(info)
         self._narinfo_cache.remember(watched.url, path, info)
         return _Found(watched, info)
 
     def _is_trusted(self, info: NarInfo) -> bool:
         try:
-            check_trust(info, self._trusted_keys)
+            self._check_trust(info)
         except UntrustedPath:
             return False
         return True

@@ -6,6 +6,7 @@ replaced or reloaded, and never go back.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -51,12 +52,12 @@ class Counters:
 
     def observe(self, name: str, seconds: float, /, **labels: str) -> None:
         """A histogram gets one more value. Its buckets are cumulative, as Prometheus has them."""
-        for bound in BUCKETS:
+        series = _series(name, tuple(labels.items()))
+        for bound, bucket in series.buckets:
             # All buckets of a series are there from its first value: a quantile is wrong without the empty ones.
-            self.add(f"{name}_bucket", float(seconds <= bound), le=f"{bound:g}", **labels)
-        self.add(f"{name}_bucket", 1, le=INFINITY, **labels)
-        self.add(f"{name}_sum", seconds, **labels)
-        self.add(f"{name}_count", 1, **labels)
+            self.grow(bucket, float(seconds <= bound))
+        self.grow(series.sum, seconds)
+        self.grow(series.count, 1)
 
     def take(self, batch: Batch) -> None:
         """Move what has grown into ``batch``."""
@@ -67,6 +68,24 @@ class Counters:
         """``batch`` could not be written."""
         for which, grown in batch.counters.items():
             self._grown[which] = self._grown.get(which, 0) + grown
+
+
+@dataclass(frozen=True, slots=True)
+class _Series:
+    """The keys of a histogram with certain labels: each bound with that of its bucket, infinity the last."""
+
+    buckets: tuple[tuple[float, CounterKey], ...]
+    sum: CounterKey
+    count: CounterKey
+
+
+@lru_cache(maxsize=256)
+def _series(name: str, labels: tuple[tuple[str, str], ...]) -> _Series:
+    """A path has half a dozen values of them, and each value 17 keys."""
+    named = dict(labels)
+    bounds = [(bound, f"{bound:g}") for bound in BUCKETS] + [(math.inf, INFINITY)]
+    buckets = tuple((bound, key(f"{name}_bucket", {"le": le, **named})) for bound, le in bounds)
+    return _Series(buckets, key(f"{name}_sum", named), key(f"{name}_count", named))
 
 
 @lru_cache(maxsize=256)
