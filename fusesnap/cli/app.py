@@ -7,6 +7,7 @@ from importlib import import_module
 
 import click
 
+from fusesnap.cli.importing import for_good
 from fusesnap.errors import FusesnapError
 from fusesnap.exit_codes import exit_code, table
 
@@ -53,7 +54,8 @@ class Commands(click.Group):
         if name not in NAMES:
             return None
         word = name.replace("-", "_")
-        command: click.Command = getattr(import_module(f"fusesnap.cli.{word}"), word)
+        with for_good():
+            command: click.Command = getattr(import_module(f"fusesnap.cli.{word}"), word)
         return command
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from fusesnap.cli import options
+from fusesnap.cli.importing import for_good
 from fusesnap.cli.status import size
 from fusesnap.daemon.unpackers import LINGER, started_unpackers
 
@@ -53,10 +54,11 @@ def prefetch(
     )
     # They load while we do.
     with started_unpackers(settings, LINGER) as unpackers:
-        import trio  # noqa: PLC0415
+        with for_good():
+            import trio  # noqa: PLC0415
 
-        from fusesnap.cli.progress import FetchProgress  # noqa: PLC0415
-        from fusesnap.daemon.prefetch import prefetch_closures  # noqa: PLC0415
+            from fusesnap.cli.progress import FetchProgress  # noqa: PLC0415
+            from fusesnap.daemon.prefetch import prefetch_closures  # noqa: PLC0415
 
         with FetchProgress() as progress:
             done = trio.run(prefetch_closures, settings, paths, progress.update, unpackers)

@@ -96,6 +96,17 @@ def test_one_that_lingers_is_committed_with_those_that_come_meanwhile(
     assert outcomes == dict.fromkeys(range(len(staged)))
 
 
+def test_the_last_one_lingers_for_nobody(
+    store: LocalStore, stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(commit_queue, "LOOKS", 360_000)
+    slow = SlowStore(store, monkeypatch)
+    slow.go_on.set()
+    with CommitQueue(store, Outcomes().__setitem__, linger=3600.0) as queue:
+        queue.put(0, stage("path"))
+        assert slow.begun.wait(30)
+
+
 def test_what_should_not_happen_is_told_to_all_of_the_group(
     store: LocalStore,
     stage: Stage,
