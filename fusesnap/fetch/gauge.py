@@ -9,7 +9,8 @@ from collections import deque
 class Rate:
     """The most that came in a short time of late: what the link can carry, or those at its other end.
 
-    A maximum, because less comes whenever nobody asks for more. It is remembered over a pause.
+    A maximum, because less comes whenever nobody asks for more. It is remembered over a pause. Nothing is known before
+    something was asked for all the time that is measured: a start's first small files say nothing of a link.
     """
 
     SLOT = 0.25  # shorter ones would measure how the kernel hands over what it has gathered
@@ -20,13 +21,15 @@ class Rate:
         self._slots: deque[float] = deque(maxlen=self.KEPT)
         self._began = -math.inf
         self._count = 0
+        self._known = False
 
-    def received(self, count: int, now: float) -> None:
-        """``count`` more bytes came."""
+    def received(self, count: int, now: float, asked_since: float) -> None:
+        """``count`` more bytes came. From ``asked_since`` on there was always something to come."""
         if now - self._began >= self.SLOT:
             if now - self._began < 2 * self.SLOT:
                 self._slots.append(self._count / (now - self._began))
-                self.value = max(self._slots)
+                self._known = self._known or asked_since <= self._began
+                self.value = max(self._slots) if self._known else 0.0
             self._began, self._count = now, 0
         self._count += count
 

@@ -41,6 +41,8 @@ log = logging.getLogger(__name__)
 
 # A thread hop costs some 50 us: what arrives is gathered until it is worth one.
 GATHER = 256 * 1024
+# Bytes of a file that is here soon after its first byte: for it nothing else is stopped.
+MODEST = 64 * 1024
 # An unpack process may be killed, by the kernel too when memory is short; a NAR that kills each one is given up.
 UNPACK_ATTEMPTS = 3
 
@@ -434,8 +436,9 @@ class Realiser:
         self, flight: Flight, offer: Offer, pin: Pin, room: Reservation
     ) -> None:
         url, size = offer.substituter.url, offer.narinfo.file_size
+        modest = size is not None and size <= MODEST
         with (
-            self._link.passage(flight.priority, url, size) as passage,
+            self._link.passage(flight.priority, url, size, modest=modest) as passage,
             flight.crossing(passage),
         ):
             await passage.turn()

@@ -88,6 +88,7 @@ class Load:
     asked: float | None = None  # when a request was sent of which nothing came yet
     resumed: float = -math.inf
     flows: bool = False  # something came since it was resumed
+    flows_since: float = math.inf  # when the first of that came
     waited: float = 0.0  # seconds of late that it waited for the link
     worked: float = 0.0  # and for whoever takes its bytes
     waits_since: float | None = None  # for the next piece
@@ -140,12 +141,14 @@ class Scheduler:
         if load.asked is not None:
             self._round_trips.setdefault(load.source, RoundTrip()).took(now - load.asked)
             load.asked = None
-        load.flows = True
+        if not load.flows:
+            load.flows, load.flows_since = True, now
         if load.remaining is not None:
             load.remaining = max(0, load.remaining - count)
         if load.lately is not None:
             load.lately.received(count, now)
-        self._rate.received(count, now)
+        flowing = (each.flows_since for each in self._loads if each.flows and each.is_hungry)
+        self._rate.received(count, now, min(flowing, default=now))
         self._received += count
 
     def fed(self, load: Load, waited: float, worked: float) -> None:
@@ -212,13 +215,13 @@ class Scheduler:
     def _may_run(self, load: Load, chosen: _Chosen, now: float) -> bool:
         if load.priority is Priority.READER or self._is_favoured(load):
             return True
-        if self._must_be_quiet(load, now) or chosen.is_claimed(load):
+        if self._must_be_quiet(load, now):
             return False
         # What runs already is stopped for the more urgent only, never for its like.
-        return (
-            load.state is LoadState.RUNNING
-            or chosen.outstanding < self.window(load.source)
-            or chosen.using < self._width.value
+        if load.state is LoadState.RUNNING:
+            return not chosen.is_pressed(load)
+        return not chosen.is_claimed(load) and (
+            chosen.outstanding < self.window(load.source) or chosen.using < self._width.value
         )
 
     def _is_only_crowded(self, load: Load, chosen: _Chosen, now: float) -> bool:
@@ -238,6 +241,9 @@ class Scheduler:
         return _Share(
             is_used=used,
             is_claimed=used and not load.beside and not self._lets_others(load),
+            # A reader has the link from the moment it asks. What others ask for takes a round trip to come, in which
+            # whatever would be stopped for it has the link.
+            is_pressing=load.flows or load.priority is Priority.READER,
             outstanding=remaining if used and load.is_hungry else 0.0,
         )
 
@@ -292,12 +298,14 @@ class Scheduler:
 class _Share:
     """What a load has of the link.
 
-    ``is_used``: its bytes come. ``is_claimed``: more of them come than are on their way by now. ``outstanding``: how
-    many will come before there is room for its like, which is at once where they are not taken as fast as they come.
+    ``is_used``: its bytes come. ``is_claimed``: more of them come than are on their way by now; ``is_pressing``: and
+    what runs is stopped for them. ``outstanding``: how many will come before there is room for its like, which is at
+    once where they are not taken as fast as they come.
     """
 
     is_used: bool
     is_claimed: bool
+    is_pressing: bool
     outstanding: float
 
 
@@ -311,6 +319,7 @@ class _Chosen:
         self._limits = limits
         self._large = 0
         self._claimed_by: set[Priority] = set()
+        self._pressed_by: set[Priority] = set()
         self._used_by: set[Priority] = set()
         self._held = set(held)
         self._connections: Counter[str] = Counter()
@@ -335,8 +344,14 @@ class _Chosen:
         self.outstanding += share.outstanding
         if share.is_claimed:
             self._claimed_by.add(load.priority)
+            if share.is_pressing:
+                self._pressed_by.add(load.priority)
         if share.is_used:
             self._used_by.add(load.priority)
+
+    def is_pressed(self, load: Load) -> bool:
+        """Whether something that is more urgent has ``load``, which runs, stopped."""
+        return any(each < load.priority for each in self._pressed_by)
 
     def is_claimed(self, load: Load) -> bool:
         """Whether the link belongs to something that is more urgent than ``load``.

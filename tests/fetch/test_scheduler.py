@@ -114,6 +114,32 @@ def test_a_window_holds_twice_what_is_on_its_way(scheduler: Scheduler) -> None:
     assert scheduler.window("b") == FIRST_WINDOW
 
 
+def test_small_files_say_nothing_of_what_the_link_carries(scheduler: Scheduler) -> None:
+    for step in range(1, 41):
+        load = add(scheduler, Priority.READER, 1000)
+        scheduler.decide(step * 0.25)
+        scheduler.received(load, 1000, step * 0.25)
+        scheduler.remove(load)
+    assert scheduler.rate == 0
+    assert scheduler.window("a") == FIRST_WINDOW
+
+
+@pytest.mark.parametrize("priority", [Priority.TRACE, Priority.READER])
+def test_what_runs_goes_on_until_the_first_byte_of_what_nobody_waits_for(
+    scheduler: Scheduler, priority: Priority
+) -> None:
+    rest = add(scheduler, Priority.REST)
+    scheduler.decide(0)
+    urgent = add(scheduler, priority)
+    late = add(scheduler, Priority.REST, 100)
+    scheduler.decide(1)
+    runs = LoadState.PAUSED if priority is Priority.READER else LoadState.RUNNING
+    assert (urgent.state, rest.state, late.state) == (LoadState.RUNNING, runs, LoadState.WAITING)
+    scheduler.received(urgent, 1000, 2)
+    scheduler.decide(2)
+    assert (urgent.state, rest.state) == (LoadState.RUNNING, LoadState.PAUSED)
+
+
 def test_a_held_connection_counts_but_for_readers() -> None:
     scheduler = Scheduler(LinkLimits(connections=1))
     rest = add(scheduler, Priority.REST)
