@@ -46,7 +46,7 @@ _Value = TypeVar("_Value")
 ABSENT_FOR: Final = 3600.0
 # Seconds for which a bundle that was taken is not asked for again: longer than a pod that fails is started anew.
 TAKEN_FOR: Final = 600.0
-# Indexes that are taken over beside those of the paths that the start reads: each is two descriptors, and memory.
+# Indexes that are taken over beside those of the paths that the start reads: they take memory.
 UNTOUCHED_AT_MOST: Final = 200
 # Closures that are remembered: as many as a node has images, and far more.
 _REMEMBERED: Final = 4096
@@ -239,12 +239,8 @@ class Bundles:
                 rest.append((path, index))
             elif (chunked := await self._chunked.given(path, index)) is not None:
                 found[path] = chunked
-        self._nursery.start_soon(self._learn, rest[:UNTOUCHED_AT_MOST])
+        self._chunked.tell(rest[:UNTOUCHED_AT_MOST])
         return found
-
-    async def _learn(self, indexes: Iterable[tuple[StorePath, bytes]]) -> None:
-        for path, index in indexes:
-            await self._chunked.given(path, index)
 
     def _pin(self, infos: Iterable[NarInfo]) -> set[StorePath]:
         """Those of ``infos`` whose NAR is, or becomes, the one in use, and that are not here yet. Blocking."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from typing import Final
 
@@ -36,6 +36,8 @@ log = logging.getLogger(__name__)
 
 # Two descriptors each, and an index in memory.
 OPEN_AT_MOST: Final = 256
+# Indexes that are kept in memory until their path is looked for, a few KiB each.
+TOLD_AT_MOST: Final = 1024
 # Seconds for which a path is fetched whole after its index, or a chunk, was no good.
 WHOLE_FOR: Final = 300.0
 # The part of a path that may be left to fetch for it to be worth to go by the chunk: one stream has fewer round trips.
@@ -77,6 +79,7 @@ class ChunkedPaths:
         self._finding: dict[StorePath, trio.Event] = {}
         self._whole_until: dict[StorePath, float] = {}
         self._no_parts_until: dict[str, float] = {}
+        self._told: OrderedDict[StorePath, bytes] = OrderedDict()
 
     def flights(self) -> list[FlightState]:
         """What is being fetched of this moment."""
@@ -105,6 +108,14 @@ class ChunkedPaths:
     def opened(self, path: StorePath) -> ChunkedPath | None:
         """``path``, if it was found before and is still open."""
         return self._open.get(path)
+
+    def tell(self, indexes: Iterable[tuple[StorePath, bytes]]) -> None:
+        """Remember these indexes, so that no cache is asked for them. They are checked when they are needed."""
+        for path, data in indexes:
+            if path not in self._open:
+                self._told[path] = data
+        while len(self._told) > TOLD_AT_MOST:
+            self._told.popitem(last=False)
 
     async def given(self, path: StorePath, data: bytes) -> ChunkedPath | None:
         """``path``, which is pinned, by the index that ``data`` are; None where that is no good, or it is here whole.
@@ -198,7 +209,8 @@ class ChunkedPaths:
         if pin is None or not self._is_indexed(pin.info):
             return None
         try:
-            return await self._saved(pin) or await self._offered(path)
+            known = await self._saved(pin) or await self._told_of(pin)
+            return known or await self._offered(path)
         except FusesnapError as error:
             log.warning("%s: is fetched whole: %s", path, error)
             self._whole_until[path] = trio.current_time() + WHOLE_FOR
@@ -221,6 +233,15 @@ class ChunkedPaths:
             log.warning("%s: the index that is here is of no use any more: %s", path, error)
             return None
         return await self._opened(pin, index, data)
+
+    async def _told_of(self, pin: Pin) -> ChunkedPath | None:
+        """By the index that somebody told, if it is any good."""
+        data = self._told.pop(pin.info.store_path, None)
+        try:
+            return None if data is None else await self._by_index(pin, data)
+        except (InvalidData, UntrustedPath) as error:
+            log.warning("%s: an index that was told is not used: %s", pin.info.store_path, error)
+            return None
 
     async def _by_index(self, pin: Pin, data: bytes) -> ChunkedPath:
         return await self._opened(pin, await self._parse(data, pin.info), data)

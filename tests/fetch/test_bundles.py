@@ -107,6 +107,27 @@ async def test_one_without_a_start_brings_what_it_says_and_leaves_the_start_to_t
     assert [name for name in asked(cache) if name != path.info.url] == [file_name(closure)]
 
 
+async def test_indexes_of_a_bundle_that_brings_no_start_are_not_asked_for(
+    cache: MemorySubstituter, make_node: MakeNode, bundles_of: Callable[[Node], Bundles]
+) -> None:
+    good, bad = paths = tuple(sorted(both(), key=lambda path: path.path))
+    for path in paths:
+        put(cache, path)
+    closure = closure_of(*paths)
+    damaged = bytearray(bad.index.to_bytes(KEY))
+    damaged[-1] ^= 1
+    indexes = ((good.path, good.index.to_bytes(KEY)), (bad.path, bytes(damaged)))
+    header = BundleHeader(closure, (good.info, bad.info), indexes, ())
+    cache.files[file_name(closure)] = write_bundle(header, (), KEY, StoreDir())
+    node = await make_node()
+    told = await bundles_of(node).find(closure, [path.path for path in paths])
+    assert not told.brings
+    node.contents.learn([path.path for path in paths])
+    await until(lambda: all(node.chunked.opened(path.path) is not None for path in paths))
+    # The one that is no good is asked for.
+    assert asked(cache)[1:] == [bad.index_name]
+
+
 async def test_any_number_of_starts_share_one_request(
     cache: MemorySubstituter, make_node: MakeNode, bundles_of: Callable[[Node], Bundles]
 ) -> None:
