@@ -33,6 +33,14 @@ class Asked:
 
 
 @dataclass(frozen=True, slots=True)
+class Joined:
+    """A reader waits for ``path``, which was asked for by somebody less urgent."""
+
+    path: StorePath
+    part: Part | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Boarded:
     """Caches are asked who has ``path``."""
 
@@ -120,6 +128,7 @@ class Rebuilt:
 
 FetchEvent: TypeAlias = (
     Asked
+    | Joined
     | Boarded
     | InLine
     | TransferBegun

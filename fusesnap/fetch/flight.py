@@ -13,6 +13,7 @@ from fusesnap.fetch.events import (
     Asked,
     Boarded,
     InLine,
+    Joined,
     Landed,
     ObserveFetch,
     Paused,
@@ -95,6 +96,7 @@ class Flight:
         self._asked_as: Priority = Priority.REST if priority is Priority.READER else priority
         self._passage: Passage | None = None
         self._observe = observe
+        self._has_readers = priority is Priority.READER  # or had
         self.cache: str | None = None
         self._everybody = everybody or Progress()
         self._queued = everybody is not None
@@ -221,6 +223,9 @@ class Flight:
         """
         if reader is not None:
             self._remember(reader)
+        if not self._has_readers:
+            self._has_readers = True
+            self._observe(Joined(self.path))
         self._waiting += 1
         self._tell_priority()
         try:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 
 import trio
 
-from fusesnap.fetch.events import Asked, FetchEvent
+from fusesnap.fetch.events import Asked, FetchEvent, Joined
 from fusesnap.fetch.priority import Priority
 from fusesnap.nix.store_path import StorePath
 from fusesnap.store.local_store import LocalStore
@@ -29,7 +29,8 @@ class References:
 
     def heard(self, event: FetchEvent) -> None:
         """Something was asked for. Returns at once."""
-        if isinstance(event, Asked) and event.priority is Priority.READER:
+        reads = isinstance(event, Asked) and event.priority is Priority.READER
+        if reads or isinstance(event, Joined):
             self._nursery.start_soon(self._follow, event.path)
 
     async def _follow(self, path: StorePath) -> None:

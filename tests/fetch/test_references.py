@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import trio
 
 from fusesnap.fetch.events import Asked, Boarded
+from fusesnap.fetch.flight import Flight
 from fusesnap.fetch.priority import Priority
 from fusesnap.fetch.references import References
 from fusesnap.nix.store_path import StorePath
@@ -42,3 +43,27 @@ async def test_a_reader_has_all_that_his_path_refers_to_asked_for(
     references.heard(Asked(root.path, Priority.READER))
     references.heard(Asked(second.path, Priority.READER))
     assert await asked.receive() == ({other.path}, Priority.REST)
+
+
+async def test_who_joins_what_was_asked_for_ahead_is_a_reader_too(
+    store: LocalStore, nursery: trio.Nursery
+) -> None:
+    asked: list[Sequence[StorePath]] = []
+    done = trio.Event()
+
+    def request(paths: Sequence[StorePath], priority: Priority) -> None:
+        asked.append(paths)
+        done.set()
+
+    references = References(store, request, nursery)
+    leaf = sample("leaf")
+    root = referring("root", leaf)
+    for each in (leaf, root):
+        store.pin(each.info)
+    flight = Flight(root.path, observe=references.heard, priority=Priority.TRACE)
+    with trio.move_on_after(10):
+        async with trio.open_nursery() as own:
+            own.start_soon(flight.wait, 10, None)
+            await done.wait()
+            flight.land(None)
+    assert asked == [[leaf.path]]
