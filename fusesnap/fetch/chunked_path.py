@@ -36,7 +36,7 @@ from fusesnap.fetch.part_events import PartEvents
 from fusesnap.fetch.part_of import part_of
 from fusesnap.fetch.priority import Priority
 from fusesnap.fetch.promised import Bringer, Promised
-from fusesnap.fetch.read_ahead import FURTHEST, ReadAhead, reach
+from fusesnap.fetch.read_ahead import FURTHEST, ReadAhead, before, reach
 from fusesnap.fetch.rebuilding import Rebuilding
 from fusesnap.fetch.reserving import reservation
 from fusesnap.fetch.runs import FetchRun, RebuildRun, Run
@@ -279,7 +279,11 @@ class ChunkedPath:
             run.want(priority)
         for run in late:
             self._withdraw(run)
-        self._begin([number for number in wanted if number not in self._coming], priority)
+        due = [number for number in wanted if number not in self._coming]
+        if late and priority is Priority.READER:
+            guessed = {number for run in late for number in self._partial.missing(run.numbers)}
+            due = [*before(wanted[0], guessed, self._chunks), *due]
+        self._begin(due, priority)
         for run in late:
             left = self._partial.missing(run.numbers)
             self._start_runs([n for n in left if n not in self._coming], run.priority)

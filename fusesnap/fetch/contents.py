@@ -203,9 +203,18 @@ class Contents:
 
         Not where a trace says what of it will be.
         """
+        await self.want_parts(path, entry, [(0, entry.size)], Priority.REST)
+
+    async def want_parts(
+        self, path: StorePath, entry: Entry, parts: Iterable[tuple[int, int]], priority: Priority
+    ) -> None:
+        """The same for parts of a file, each from its offset up to its end, as urgent as this."""
         chunked = await self._by_chunk(path)
         if chunked is not None and not chunked.is_foreseen:
-            chunked.want([(entry.offset, entry.offset + entry.size)], Priority.REST)
+            ranges = [
+                (entry.offset + start, entry.offset + min(end, entry.size)) for start, end in parts
+            ]
+            chunked.want([(start, end) for start, end in ranges if start < end], priority)
 
     def is_streamed(self, path: StorePath) -> bool:
         """Whether a stream is bringing what a start reads of ``path``: then there is nothing to guess at."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
 from typing import Final
 
 from fusesnap.fetch.link import Link
+from fusesnap.nix.chunk_table import ChunkTable
 
 # Bytes of the file that are ahead of a sequential reader at most.
 FURTHEST: Final = 4 * 1024 * 1024
@@ -36,3 +38,18 @@ def reach(link: Link, source: str) -> int:
     """Bytes of the file to fetch behind a miss."""
     underway = int(link.rate * link.round_trip(source))
     return min(max(underway, LEAST_REACH), MOST_REACH) if underway else FIRST_REACH
+
+
+def before(first: int, guessed: Container[int], chunks: ChunkTable) -> list[int]:
+    """Those of the ``guessed`` chunks that come right before ``first`` and are near, ascending.
+
+    What is mapped is read in either direction.
+    """
+    found: list[int] = []
+    left = LEAST_REACH
+    for number in range(first - 1, -1, -1):
+        left -= chunks[number].file_size
+        if left < 0 or number not in guessed:
+            break
+        found.insert(0, number)
+    return found

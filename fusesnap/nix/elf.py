@@ -22,6 +22,7 @@ MAX_STRING: Final = (
 )  # of RUNPATHs, which name a directory of the store for each dependency
 
 _LOAD, _DYNAMIC, _INTERP = 1, 2, 3  # p_type
+_EXECUTABLE, _WRITABLE = 1, 2  # p_flags
 _NEEDED, _STRTAB, _RPATH, _RUNPATH = 1, 5, 15, 29  # d_tag
 
 
@@ -35,11 +36,16 @@ class Range:
 
 @dataclass(frozen=True, slots=True)
 class Dynamic:
-    """``interpreter`` is empty for a library; ``search`` are the directories of DT_RUNPATH (or DT_RPATH), in order."""
+    """``interpreter`` is empty for a library; ``search`` are the directories of DT_RUNPATH (or DT_RPATH), in order.
+
+    ``tables`` is what the loader reads itself: what precedes the code, where linkers put the symbols, and what may be
+    written, which it relocates.
+    """
 
     interpreter: bytes
     needed: tuple[bytes, ...]
     search: tuple[bytes, ...]
+    tables: tuple[Range, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,18 +60,26 @@ class _Form:
     def segment(self, data: bytes, at: int) -> _Segment:
         fields = self.program.unpack_from(data, at)
         if self.wide:
-            kind, _, offset, address, _, size, _, _ = fields
+            kind, flags, offset, address, _, size, _, _ = fields
         else:
-            kind, offset, address, _, size, _, _, _ = fields
-        return _Segment(kind, offset, address, size)
+            kind, offset, address, _, size, _, flags, _ = fields
+        return _Segment(kind, flags, offset, address, size)
 
 
 @dataclass(frozen=True, slots=True)
 class _Segment:
     kind: int
+    flags: int
     offset: int
     address: int
     size: int
+
+    @property
+    def is_tables(self) -> bool:
+        """Whether the loader itself reads it, see ``Dynamic``."""
+        if self.kind != _LOAD or self.flags & _EXECUTABLE:
+            return False
+        return self.offset == 0 or bool(self.flags & _WRITABLE)
 
 
 def _form(wide: bool, order: str) -> _Form:
@@ -140,7 +154,8 @@ def _read_segments(
     if not search:
         search = yield from _read_strings(entries, _RPATH, strings)
     directories = tuple(part for each in search for part in each.split(b":") if part)
-    return Dynamic(interpreter.partition(b"\0")[0], tuple(needed), directories)
+    tables = tuple(Range(each.offset, each.size) for each in segments if each.is_tables)
+    return Dynamic(interpreter.partition(b"\0")[0], tuple(needed), directories, tables)
 
 
 def _read_strings(

@@ -7,6 +7,7 @@ from dataclasses import replace
 import trio
 
 from fusesnap.fetch.priority import Priority
+from fusesnap.fetch.read_ahead import LEAST_REACH
 from fusesnap.nix.closure_digest import ClosureDigest
 from fusesnap.nix.startup_trace import Circumstances, Ending, StartupTrace, TraceBuilder
 from fusesnap.nix.store_path import StoreDir
@@ -93,6 +94,38 @@ async def test_a_file_that_is_wanted_whole_comes_behind_its_readers(
     asked = len(cache.parts)
     assert await read(node, path, b"other", 0, len(OTHER_BIG)) == OTHER_BIG
     assert len(cache.parts) == asked
+
+
+async def test_who_comes_upon_a_guess_has_what_is_on_either_side(
+    cache: MemorySubstituter, make_node: MakeNode
+) -> None:
+    path = put(cache, published("lazy", TREE))
+    node = await node_with(make_node, path)
+    tree = await node.contents.tree(path.path)
+    entry = next(entry for entry in tree.entries if entry.name == b"other")
+    await node.contents.want_file(path.path, entry)
+    at = 280 * CHUNK  # far enough behind that it has not begun
+    await read(node, path, b"other", at, CHUNK)
+    chunk = path.chunk_of(b"other", at)
+    (found,) = [part for part in cache.parts if part[1] <= chunk.file_start < part[2]]
+    _, start, end = found
+    assert chunk.file_start - LEAST_REACH <= start < chunk.file_start - LEAST_REACH // 2
+    assert end > chunk.file_end
+
+
+async def test_parts_of_a_file_are_cut_to_it(cache: MemorySubstituter, make_node: MakeNode) -> None:
+    path = put(cache, published("lazy", TREE))
+    node = await node_with(make_node, path)
+    tree = await node.contents.tree(path.path)
+    entry = next(entry for entry in tree.entries if entry.name == b"big")
+    beyond = len(BIG) + 10 * CHUNK
+    parts = [(len(BIG) - 1, beyond), (beyond, beyond + 1)]
+    await node.contents.want_parts(path.path, entry, parts, Priority.TRACE)
+    chunked = await node.chunked.find(path.path)
+    assert chunked is not None
+    await until(lambda: chunked.is_idle)
+    last = path.chunk_of(b"big", len(BIG) - 1)
+    assert cache.parts == [(path.info.url, last.file_start, last.file_end)]
 
 
 async def test_whoever_waits_for_what_another_takes_over_gets_it_too(

@@ -55,6 +55,23 @@ def test_a_program(program: bytes) -> None:
     assert found.search == (b"/nix/store/a/lib", b"/nix/store/b/lib")
 
 
+def test_tables_are_what_precedes_the_code_and_what_may_be_written() -> None:
+    file = Path("/bin/ls")
+    listing = subprocess.run(
+        ["readelf", "--segments", "--wide", file], check=True, capture_output=True, text=True
+    ).stdout
+    loaded = [line.split() for line in listing.splitlines() if line.split()[:1] == ["LOAD"]]
+    expected = tuple(
+        Range(int(words[1], 16), int(words[4], 16))
+        for words in loaded
+        if "E" not in words and ("RW" in words or int(words[1], 16) == 0)
+    )
+    found = look(file.read_bytes())
+    assert found is not None
+    assert len(expected) == 2
+    assert found.tables == expected
+
+
 def test_what_readelf_finds_this_finds_too() -> None:
     for file in (Path("/bin/ls"), Path("/bin/bash"), *Path("/usr/lib").glob("*/libssl.so.3")):
         listing = subprocess.run(
@@ -110,4 +127,5 @@ def test_big_endian_and_32_bits_are_read() -> None:
         segments = [segment(1, 0, total), segment(2, dynamic_at, len(dynamic))]
         body = b"".join(program_header.pack(*each) for each in segments)
         found = look(bytes(header) + body + dynamic + strings)
-        assert found == Dynamic(b"", (b"libx.so",), (b"/nix/store/a/lib",))
+        tables = (Range(0, total),)
+        assert found == Dynamic(b"", (b"libx.so",), (b"/nix/store/a/lib",), tables)
