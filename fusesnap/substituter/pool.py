@@ -37,6 +37,8 @@ __all__ = ["CacheState", "Offer", "SubstituterPool"]
 _AT_A_TIME: Final = 128
 # Seconds for other caches to say that they have a path whose transfer has trouble.
 _ELSEWHERE: Final = 5.0
+# Connections that are opened ahead, a round trip each, with TLS more: a start asks for so many files at once.
+_READY_CONNECTIONS: Final = 4
 # Answers that may wait in memory while others are still being asked for.
 _UNWRITTEN: Final = 256
 # Narinfos whose signatures are not checked again: those of a closure.
@@ -150,6 +152,15 @@ class SubstituterPool:
             for watched in self._watched:
                 if watched.needs_asking():
                     nursery.start_soon(ask, watched)
+        await self._save_answers()  # so that other processes need not ask
+
+    async def get_ready(self) -> None:
+        """Have whoever asks for the first NARs not wait for connections, nor for what caches say of themselves."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self.introduce)
+            for watched in self._watched:
+                for _ in range(_READY_CONNECTIONS if watched.silence <= 0 else 0):
+                    nursery.start_soon(watched.connect)
 
     async def report_bad(self, offer: Offer, error: FusesnapError) -> None:
         """An offer did not hold: its file is gone, cannot be had, or is not what was announced.

@@ -8,6 +8,7 @@ from contextlib import (
     aclosing,
     asynccontextmanager,
     contextmanager,
+    suppress,
 )
 from dataclasses import dataclass, field
 from typing import Final
@@ -20,15 +21,28 @@ from fusesnap.errors import (
     InvalidData,
     Unavailable,
 )
-from fusesnap.nix.cache_info import CacheInfo
+from fusesnap.nix.cache_info import MAX_CACHE_INFO_SIZE, CacheInfo
 from fusesnap.nix.narinfo import NarInfo
 from fusesnap.nix.quoting import quote
 from fusesnap.nix.store_path import HashPart, StoreDir, StorePath
 from fusesnap.substituter.answers import MISSING_CACHE_INFO
-from fusesnap.substituter.base import DEFAULT_PRIORITY, Bookmark, StoredFile, Substituter
+from fusesnap.substituter.base import (
+    CACHE_INFO_NAME,
+    DEFAULT_PRIORITY,
+    Bookmark,
+    StoredFile,
+    Substituter,
+)
 from fusesnap.substituter.breaker import DEFAULT_BREAKER, Breaker, BreakerPolicy, BreakerState
 from fusesnap.substituter.narinfo_cache import NarInfoCache
-from fusesnap.substituter.retry import PartsUnsupported, Refusal, Retries, Throttled, may_mend
+from fusesnap.substituter.retry import (
+    PartsUnsupported,
+    Refusal,
+    Retries,
+    RetryPolicy,
+    Throttled,
+    may_mend,
+)
 
 # Seconds for which a failure puts a cache last; Nix disables it for as long.
 FAILURE_MEMORY: Final = 60.0
@@ -36,6 +50,7 @@ FAILURE_MEMORY: Final = 60.0
 _LONGEST_SILENCE: Final = 300.0
 # Seconds after which a running process asks a cache anew what it says of itself.
 _CACHE_INFO_LIFETIME: Final = 24 * 3600.0
+_ONCE: Final = RetryPolicy(attempts=1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +77,15 @@ class CacheState:
     retry_in: float = 0.0
     bad_nars: int = 0
     avoided_for: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class _SmallFile:
+    """Something that nearly every cache has, and that is hardly larger than its headers."""
+
+    url: str = CACHE_INFO_NAME
+    file_size: int | None = None
+    nar_size: int = MAX_CACHE_INFO_SIZE
 
 
 @dataclass(slots=True)
@@ -181,6 +205,16 @@ class WatchedSubstituter:
         if not self._is_ours(info):
             raise self._refusal(info)
         return info
+
+    async def connect(self) -> None:
+        """Have one more connection for NARs open, by asking for a small file over it.
+
+        Nothing is learnt from what fails: whoever asks for something is told.
+        """
+        with suppress(FusesnapError):
+            async with self._substituter.nar(_SmallFile(), _ONCE.start()) as pieces:
+                async for _ in pieces:
+                    pass
 
     async def narinfo(self, path: StorePath | HashPart) -> NarInfo:
         self.check_silence()
@@ -342,8 +376,9 @@ class WatchedSubstituter:
         self.check_silence()
         with self._noting():
             info = await self._substituter.cache_info()
-        # Neither what a mistake says, nor what was assumed for want of an answer, is kept for days.
-        if self._is_ours(info) and info != MISSING_CACHE_INFO:
+        # Neither what a mistake says, nor what was assumed for want of an answer, is kept for days. What `nix copy`
+        # writes may be equal to that; it is an answer.
+        if self._is_ours(info) and info is not MISSING_CACHE_INFO:
             self._narinfo_cache.remember_cache_info(self.url, info)
         return info
 

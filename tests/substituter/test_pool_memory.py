@@ -84,6 +84,40 @@ async def test_cache_info_is_asked_once(make_pool: MakePool, autojump_clock: Moc
     assert len(narinfos(cache)) == 300
 
 
+async def test_what_a_cache_says_is_remembered_even_if_it_is_what_is_assumed_of_one_that_is_silent(
+    make_pool: MakePool,
+) -> None:
+    said, silent = memory("a", SAMPLE), memory("b", SAMPLE)
+    said.files["nix-cache-info"] = b"StoreDir: /nix/store\n"  # as `nix copy` writes it
+    del silent.files["nix-cache-info"]
+    for _ in range(2):
+        pool = make_pool(said, silent)  # as another process would
+        await pool.find(SAMPLE.path)
+        await pool.find(SAMPLE.path, exclude=frozenset({said.url}))
+    assert said.requests.count("nix-cache-info") == 1
+    assert silent.requests.count("nix-cache-info") == 2
+
+
+async def test_a_pool_gets_ready_and_says_nothing_of_what_fails(make_pool: MakePool) -> None:
+    good, broken = memory("a", SAMPLE), memory("b")
+    broken.files["nix-cache-info"] = b"StoreDir: ?"
+    pool = make_pool(good, broken)
+    await pool.get_ready()
+    asked = good.requests.count("nix-cache-info")
+    assert asked > 1  # once to be told, and to have connections
+    await pool.find(SAMPLE.path)
+    assert good.requests.count("nix-cache-info") == asked
+
+
+async def test_a_cache_that_is_left_alone_is_not_made_ready(make_pool: MakePool) -> None:
+    cache = memory("a")
+    pool = make_pool(cache)
+    (watched,) = pool.caches()
+    watched.note_failure(Throttled("memory://a: not now", 60))
+    await pool.get_ready()
+    assert cache.requests == []
+
+
 async def test_asker_that_is_cancelled_leaves_the_question_to_another(
     make_pool: MakePool, autojump_clock: MockClock
 ) -> None:
