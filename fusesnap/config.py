@@ -99,6 +99,11 @@ class Fetch(BaseModel):
         ahead = self.look_ahead or ("both" if self.complete else "loader")
         return frozenset({"both": ("loader", "references"), "none": ()}.get(ahead, (ahead,)))
 
+    @property
+    def starts_early(self) -> bool:
+        """Whether the program that an image names is fetched when it is pulled, which may be in vain."""
+        return self.complete and "loader" in self.follows
+
     @field_validator("min_rate", "bandwidth", mode="before")
     @classmethod
     def _sizes(cls, value: object) -> int:

@@ -21,6 +21,7 @@ from fusesnap.daemon.build import Node, open_node, plain_errors
 from fusesnap.daemon.collector import Collector
 from fusesnap.daemon.completion import Completion
 from fusesnap.daemon.containerd_block import NAME
+from fusesnap.daemon.hints import FindPrograms, HintedStarts
 from fusesnap.daemon.lazy_layer import WorkerMount
 from fusesnap.daemon.logs import explained, log_to_stderr
 from fusesnap.daemon.path_source import HintingPathSource
@@ -32,7 +33,6 @@ from fusesnap.daemon.telemetry.picture import gather
 from fusesnap.daemon.telemetry.prompt_snapshots import ObservedPrompt
 from fusesnap.daemon.telemetry.reports import StartReports
 from fusesnap.daemon.telemetry.snapshots import ObservedSnapshots
-from fusesnap.daemon.traces import HintedStarts
 from fusesnap.daemon.turn import wait_for_turn
 from fusesnap.daemon.waits import WorkersWaits, cancel, moment, status
 from fusesnap.filesystem.views import Views
@@ -43,6 +43,7 @@ from fusesnap.services.containerd_calls import KUBERNETES, ContainerdCalls
 from fusesnap.services.containerd_client import find_snapshotter, open_channel
 from fusesnap.services.daemon_service import Call, daemon_service
 from fusesnap.services.diff_service import Differ, diff_service
+from fusesnap.services.entry_programs import EntryPrograms
 from fusesnap.services.image_service import image_service
 from fusesnap.services.nix_images import PulledImages
 from fusesnap.services.server import serve
@@ -64,7 +65,8 @@ async def run(settings: Settings, ready: int) -> None:
         async with open_node(settings, process="services") as node, trio.open_nursery() as nursery:
             nursery.start_soon(stop_on_signal, nursery.cancel_scope)
             waits = WorkersWaits(settings.root / control.SOCKET_NAME)
-            snapshotter = build_snapshotter(node, nursery, waits)
+            programs = EntryPrograms(containerd).of if settings.fetch.starts_early else None
+            snapshotter = build_snapshotter(node, nursery, waits, programs)
             await snapshotter.recover()
             collector = Collector(
                 node.store, settings.store, snapshotter.cleanup, partial(count_evicted, node)
@@ -108,7 +110,9 @@ def count_evicted(node: Node, collected: Collected) -> None:
     node.telemetry.counters.add("fusesnap_evicted_bytes", collected.size)
 
 
-def build_snapshotter(node: Node, nursery: trio.Nursery, waits: WorkersWaits) -> Snapshotter:
+def build_snapshotter(
+    node: Node, nursery: trio.Nursery, waits: WorkersWaits, programs: FindPrograms | None
+) -> Snapshotter:
     """The snapshotter of a node; its hints to the worker live in ``nursery``."""
     root = node.settings.root.resolve()
     return Snapshotter(
@@ -123,7 +127,7 @@ def build_snapshotter(node: Node, nursery: trio.Nursery, waits: WorkersWaits) ->
         recognise_by_content=node.settings.recognise_by_content,
         clock=time.time,
         release_readers=waits.release_for_removal,
-        starts=HintedStarts(node.store_dir, root / control.SOCKET_NAME, nursery),
+        starts=HintedStarts(node.store_dir, root / control.SOCKET_NAME, nursery, programs),
         nursery=nursery,
     )
 

@@ -22,13 +22,15 @@ from fusesnap.config import Settings, handed_down
 from fusesnap.daemon import control
 from fusesnap.daemon.build import Authorities, Node, open_node, plain_errors
 from fusesnap.daemon.bundles import calls as bundle_calls
+from fusesnap.daemon.entry_program import EntryProgram
+from fusesnap.daemon.hints import HeardHints
 from fusesnap.daemon.logs import explained, log_to_stderr
 from fusesnap.daemon.niceness import before_others
 from fusesnap.daemon.readers import identify, is_dying, is_thread_of
+from fusesnap.daemon.readiness import Readiness
 from fusesnap.daemon.signals import stop_on_signal
 from fusesnap.daemon.status import status_of_wait, worker_status
-from fusesnap.daemon.traces import calls as trace_calls
-from fusesnap.daemon.traces import make_recorder, make_traces
+from fusesnap.daemon.traces import bundled, make_recorder, make_traces
 from fusesnap.daemon.turn import BEAT, READY, wait_for_turn
 from fusesnap.errors import FusesnapError
 from fusesnap.fetch.contents import Contents
@@ -126,16 +128,7 @@ async def answer(worker: Worker, ready: int) -> None:
         nursery.start_soon(worker.waiting.release_killed, is_dying)
         nursery.start_soon(close_unused, worker.open_files, worker.node.contents)
         address = worker.node.settings.root / control.SOCKET_NAME
-        answers = {
-            **calls(worker),
-            **trace_calls(
-                worker.node.store_dir,
-                worker.traces,
-                worker.node.bundles.find,
-                worker.node.contents.learn,
-                nursery,
-            ),
-        }
+        answers = {**calls(worker), **heard_hints(worker, nursery).calls}
         patient = {
             "realise": realising(worker.node),
             **bundle_calls(worker.node.bundles, worker.node.store_dir),
@@ -148,6 +141,20 @@ async def answer(worker: Worker, ready: int) -> None:
         nursery.start_soon(worker.traces.run)
         await answer_requests(MAX_TASKS, worker.send_again)
         nursery.cancel_scope.cancel()
+
+
+def heard_hints(worker: Worker, nursery: trio.Nursery) -> HeardHints:
+    """What is done about starts that the services process tells of, in ``nursery``."""
+    node = worker.node
+    return HeardHints(
+        node.store_dir,
+        worker.traces,
+        Readiness(node.store, node.pool).get_ready,
+        partial(bundled, node.bundles),
+        node.contents.learn,
+        EntryProgram(node.store, node.contents, node.loader).follow,
+        nursery,
+    )
 
 
 async def say_alive(line: int) -> None:

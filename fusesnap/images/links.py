@@ -53,8 +53,12 @@ class Links:
         """Where a link at ``link`` of ``path`` leads: a store path and what is within; None: out of the store."""
         store = self._store_dir.path.encode()
         here = b"/".join(filter(None, (store, path.base_name.encode(), link)))
-        full = posixpath.normpath(posixpath.join(posixpath.dirname(here), target))
-        base, _, inner = full.removeprefix(store + b"/").partition(b"/")
+        return self.place(posixpath.join(posixpath.dirname(here), target))
+
+    def place(self, name: bytes) -> tuple[StorePath, bytes] | None:
+        """The store path of an absolute file name, and what is within; None: it is not in the closure."""
+        full = posixpath.normpath(name)
+        base, _, inner = full.removeprefix(self._store_dir.path.encode() + b"/").partition(b"/")
         if base == full:
             return None
         try:

@@ -5,14 +5,19 @@ Source: OCI image specification, ``config.md``, "Properties"; Docker has the sam
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from fusesnap.errors import InvalidData
 from fusesnap.nix.quoting import quote
+
+# What may name a program in a command line or in a shell's script, and how many words of it are looked at.
+_WORD: Final = re.compile(r"[\w/.+-]+", re.ASCII)
+MAX_WORDS: Final = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +53,25 @@ class RunConfig:
             volumes=base.volumes | self.volumes,
             others={**base.others, **self.others},
         )
+
+    @property
+    def programs(self) -> tuple[tuple[str, ...], ...]:
+        """Where the programs are, if anywhere, that a container may run: first the one that it starts with.
+
+        Of each the absolute paths in the container, in the order in which they are tried. The other words of the
+        command line may name programs too, as those of a shell's script do: most name none.
+        """
+        first, *others = (*(self.entrypoint or ()), *(self.command or ())) or ("",)
+        words = [word for text in others for word in _WORD.findall(text)]
+        found = [self._places(word) for word in dict.fromkeys([first, *words[:MAX_WORDS]])]
+        return tuple(places for places in found if places)
+
+    def _places(self, word: str) -> tuple[str, ...]:
+        """Where runc and a shell look for a program; nowhere for a path that is not absolute."""
+        if not word or "/" in word:
+            return (word,) if word.startswith("/") else ()
+        directories = self.environment.get("PATH", "").split(":")
+        return tuple(f"{each}/{word}" for each in directories if each.startswith("/"))
 
     def to_json(self) -> dict[str, Any]:
         """Return the object of the configuration; what nobody said is not in it."""

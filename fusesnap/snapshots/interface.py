@@ -264,6 +264,10 @@ class Starts(Protocol):
         """A layer with these ``labels`` is committed, above which containers show ``paths``."""
         ...
 
+    def admitted(self, name: str, paths: frozenset[StorePath]) -> object:
+        """All of ``paths`` can be had, which containers show above the layer that becomes committed as ``name``."""
+        ...
+
     def ended(self, key: str) -> object:
         """The snapshot of such a container is removed."""
         ...

@@ -41,6 +41,12 @@ class StartHints:
 
         return root_and_tell
 
+    def admitted(self, name: str, chain: Chain, paths: Iterable[StorePath]) -> None:
+        """A layer above ``chain`` becomes committed as ``name``; its ``paths`` can be had."""
+        shown = frozenset((*chain.paths, *paths))
+        if self._starts is not None and shown:
+            self._starts.admitted(name, shown)
+
     def answered(self, kind: Kind, key: str, upper: Path, chain: Chain, plan: Plan | None) -> None:
         """A snapshot is answered for by ``plan``, for the first time or because it is started again."""
         lazy = plan.lazy if plan is not None else frozenset()

@@ -122,7 +122,7 @@ class Fusesnap(Side):
             fusesnap_daemon(
                 directory / "s",
                 source=scene.source(self.cache),
-                options=self._options,
+                options=[*_knowing_containerd(directory), *self._options],
                 complete=True,  # as it comes
             ) as daemon,
             containerd(directory / "c", proxy=daemon.address) as client,
@@ -260,16 +260,23 @@ def _kubelets(
     directory: Path, source: Source, *, complete: bool
 ) -> Iterator[tuple[FusesnapDaemon, Containerd]]:
     """A machine on which a kubelet would ask us for images."""
-    settings = directory / "fusesnap.toml"
-    settings.write_text(f'containerd-address = "{directory}/c/containerd.sock"\n')
-    options = ["--config", str(settings)]
     with (
         fusesnap_daemon(
-            directory / "s", source=source, options=options, complete=complete
+            directory / "s",
+            source=source,
+            options=_knowing_containerd(directory),
+            complete=complete,
         ) as daemon,
         containerd(directory / "c", proxy=daemon.address, cri=True) as client,
     ):
         yield daemon, client
+
+
+def _knowing_containerd(directory: Path) -> list[str]:
+    """Options of a daemon that is told where its containerd will be."""
+    settings = directory / "fusesnap.toml"
+    settings.write_text(f'containerd-address = "{directory}/c/containerd.sock"\n')
+    return ["--config", str(settings)]
 
 
 def _named(daemon: FusesnapDaemon, client: Containerd, image: str) -> list[str]:

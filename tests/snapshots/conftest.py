@@ -227,6 +227,9 @@ class HeardStarts:
     def foreseen(self, paths: frozenset[StorePath], labels: Mapping[str, str]) -> None:
         self.heard.append(("foreseen", paths, dict(labels)))
 
+    def admitted(self, name: str, paths: frozenset[StorePath]) -> None:
+        self.heard.append(("admitted", name, paths))
+
     def ended(self, key: str) -> None:
         self.heard.append(("ended", key))
 

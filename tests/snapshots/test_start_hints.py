@@ -5,6 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import pytest
+
+from fusesnap.errors import ClosureUnavailable, PathNotFound
+
 if TYPE_CHECKING:
     from tests.snapshots.conftest import Bench
 
@@ -19,8 +23,11 @@ async def test_starts_that_the_lazy_layer_serves_are_told(bench: Bench) -> None:
     # Unpacking is no start, but what is unpacked will be started: with the paths of all its layers.
     assert [each[:2] for each in heard] == [
         ("foreseen", frozenset({base})),
+        ("admitted", "lower"),
         ("foreseen", frozenset({base, tool})),
+        ("admitted", "image"),
     ]
+    assert heard[-1] == ("admitted", "image", frozenset({base, tool}))
     heard.clear()
     await bench.snapshotter.prepare("one", "image", {})
     (upper,) = await bench.snapshotter.uppers()
@@ -43,4 +50,12 @@ async def test_what_an_image_brings_is_handed_on(bench: Bench) -> None:
     tool = bench.path("tool", {"bin": {"tool": b"tool"}})
     labels = {"containerd.io/snapshot/x": "y"}
     await bench.layer("image", "", bench.placeholders(tool), labels)
-    assert bench.starts.heard == [("foreseen", frozenset({tool}), labels)]
+    assert bench.starts.heard[0] == ("foreseen", frozenset({tool}), labels)
+
+
+async def test_what_cannot_be_had_is_not_said_to_be(bench: Bench) -> None:
+    tool = bench.path("tool", {"bin": {"tool": b"tool"}})
+    bench.source.failures[tool] = PathNotFound("no cache has it")
+    with pytest.raises(ClosureUnavailable):
+        await bench.layer("image", "", bench.placeholders(tool))
+    assert [each[0] for each in bench.starts.heard] == ["foreseen"]

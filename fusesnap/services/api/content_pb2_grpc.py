@@ -35,6 +35,11 @@ class ContentStub:
         Args:
             channel: A grpc.Channel.
         """
+        self.List = channel.unary_stream(
+                '/containerd.services.content.v1.Content/List',
+                request_serializer=fusesnap_dot_services_dot_api_dot_content__pb2.ListContentRequest.SerializeToString,
+                response_deserializer=fusesnap_dot_services_dot_api_dot_content__pb2.ListContentResponse.FromString,
+                _registered_method=True)
         self.Read = channel.unary_stream(
                 '/containerd.services.content.v1.Content/Read',
                 request_serializer=fusesnap_dot_services_dot_api_dot_content__pb2.ReadContentRequest.SerializeToString,
@@ -64,6 +69,12 @@ class ContentStub:
 
 class ContentServicer:
     """Missing associated documentation comment in .proto file."""
+
+    def List(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
 
     def Read(self, request, context):
         """Missing associated documentation comment in .proto file."""
@@ -100,6 +111,11 @@ class ContentServicer:
 
 def add_ContentServicer_to_server(servicer, server):
     rpc_method_handlers = {
+            'List': grpc.unary_stream_rpc_method_handler(
+                    servicer.List,
+                    request_deserializer=fusesnap_dot_services_dot_api_dot_content__pb2.ListContentRequest.FromString,
+                    response_serializer=fusesnap_dot_services_dot_api_dot_content__pb2.ListContentResponse.SerializeToString,
+            ),
             'Read': grpc.unary_stream_rpc_method_handler(
                     servicer.Read,
                     request_deserializer=fusesnap_dot_services_dot_api_dot_content__pb2.ReadContentRequest.FromString,
@@ -135,6 +151,33 @@ def add_ContentServicer_to_server(servicer, server):
  # This class is part of an EXPERIMENTAL API.
 class Content:
     """Missing associated documentation comment in .proto file."""
+
+    @staticmethod
+    def List(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/containerd.services.content.v1.Content/List',
+            fusesnap_dot_services_dot_api_dot_content__pb2.ListContentRequest.SerializeToString,
+            fusesnap_dot_services_dot_api_dot_content__pb2.ListContentResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
 
     @staticmethod
     def Read(request,
