@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import ssl
-from http.cookiejar import CookieJar, DefaultCookiePolicy
+from http.client import HTTPResponse
+from http.cookiejar import CookieJar
 from pathlib import Path
 from typing import Final
-from urllib.request import getproxies
+from urllib.request import Request, getproxies
 
 import httpx
 
@@ -22,6 +23,13 @@ from fusesnap.substituter.retry import DEFAULT_RETRIES, RetryPolicy
 
 # The environment's proxies for encrypted requests are httpx's business; these would carry the others.
 _OF_ALL_OR_HTTP: Final = frozenset({"all", "http"})
+
+
+class NoCookies(CookieJar):
+    """Takes none: a cache has no use for them, and a jar has no limit. Nor is a response looked through for any."""
+
+    def extract_cookies(self, response: HTTPResponse, request: Request) -> None:
+        """Leave them where they are."""
 
 
 def make_client(
@@ -60,8 +68,7 @@ def make_client(
         ),
         timeout=httpx.Timeout(timeouts.stall, connect=timeouts.connect, pool=timeouts.lookup),
         headers={"User-Agent": user_agent, "Accept": "*/*"},
-        # A cache has no use for cookies, and a jar has no limit.
-        cookies=CookieJar(DefaultCookiePolicy(allowed_domains=())),
+        cookies=NoCookies(),
         proxy=_checked_proxy(proxy),
         trust_env=trust_env,
     )

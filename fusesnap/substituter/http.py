@@ -102,6 +102,9 @@ class HttpSubstituter:
         self._retry = retry
         self._timeouts = timeouts
         self._credentials = (secrets or Secrets()).of(self._address)
+        # Waiting for a connection of the pool is bounded by the deadlines around it.
+        wait = httpx.Timeout(timeouts.stall, connect=timeouts.connect, pool=None)
+        self._extensions = {"timeout": wait.as_dict()}
         self._lookups = trio.CapacityLimiter(_LOOKUPS_HTTP1)
 
     @property
@@ -228,7 +231,11 @@ class HttpSubstituter:
 
         httpx would read the body of every redirect to its end, however long it is.
         """
-        request = client.build_request("GET", url, headers=headers, timeout=self._httpx_timeouts())
+        # The client's build_request would merge all that a request may have with all that a client may.
+        own = {name.lower(): value for name, value in headers.items()}
+        request = httpx.Request(
+            "GET", url, headers={**client.headers, **own}, extensions=self._extensions
+        )
         await self._credentials.look()
         for _ in range(1 + MAX_REDIRECTS):
             response = await self._send_once(client, request)
@@ -270,10 +277,6 @@ class HttpSubstituter:
             why = self._credentials.explanation(response.request.url)
             raise Refusal(f"{self.url}: {said}: {why}")
         return response
-
-    def _httpx_timeouts(self) -> httpx.Timeout:
-        # Waiting for a connection of the pool is bounded by the deadlines around it.
-        return httpx.Timeout(self._timeouts.stall, connect=self._timeouts.connect, pool=None)
 
     def _url_of(self, name: str) -> httpx.URL:
         if name.startswith(("http://", "https://")):

@@ -7,7 +7,6 @@ its errors and h11's are httpx's under the same names.
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import contextmanager
@@ -83,8 +82,11 @@ class PlainTransport(httpx.AsyncBaseTransport):
             await self._idle.pop().aclose()
 
     async def _turn(self, request: httpx.Request, seconds: float | None) -> None:
+        if seconds is None:
+            await self._turns.acquire()
+            return
         try:
-            with trio.fail_after(math.inf if seconds is None else seconds):
+            with trio.fail_after(seconds):
                 await self._turns.acquire()
         except trio.TooSlowError as error:
             raise httpx.PoolTimeout(f"no turn within {seconds:g} s", request=request) from error
