@@ -39,7 +39,7 @@ from fusesnap.images.mountable import open_rootfs
 from fusesnap.images.platform import Platform
 from fusesnap.images.rootfs import RootFs
 from fusesnap.images.source import parse_source
-from fusesnap.nix.store_path import StorePath
+from fusesnap.nix.store_path import HashPart, StorePath
 from fusesnap.snapshots.nix_layer import NixLayers
 
 # Each blocked reader occupies a task.
@@ -120,7 +120,11 @@ def shown_paths(rootfs: RootFs) -> frozenset[StorePath]:
 async def open_source(node: Node, source: str) -> RootFs:
     """The tree of ``source``, every store path that it names admitted."""
     if source.startswith(node.store_dir.path + "/"):
-        closure = await node.realiser.closure(node.store_dir.parse(source))
+        root = node.store_dir.parse(source)
+        async with trio.open_nursery() as nursery:  # where there is no bundle it has cost no time
+            nursery.start_soon(node.pool.introduce)
+            await node.bundles.find_of(HashPart(root.hash_part))
+        closure = await node.realiser.closure(root)
         return await trio.to_thread.run_sync(closure_tree, node, closure)
     rootfs = await open_image(node, source)
     paths = shown_paths(rootfs)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
-from testbed.binary_cache import HttpCache, SigningKey
+from testbed.binary_cache import CacheFiles, HttpCache, SigningKey, hash_part, http_cache
 from testbed.fusesnap_daemon import PROGRAM, Source
 from testbed.images import Directory, File, Layer, opaque, ordinary_layer, whiteout, write_image
 from testbed.nix_store import NixStore
@@ -89,6 +89,21 @@ def test_files_can_be_mapped_and_the_free_space_is_the_stores(
         assert (shown.f_blocks, shown.f_bsize) == (real.f_blocks, real.f_bsize)
         with pytest.raises(OSError, match="Read-only file system"):
             (tmp_path / "m/new").write_text("")
+
+
+def test_a_bundle_tells_of_the_whole_closure_at_once(
+    published: CacheFiles, simple: SimpleClosure, key: SigningKey, tmp_path: Path
+) -> None:
+    with http_cache(published, tmp_path / "nginx") as cache:
+        cache.clear_requests()
+        with mounted(simple.root, tmp_path / "m", [cache.url], [key.public], tmp_path / "s"):
+            names = os.listdir(tmp_path / "m/nix/store")
+            assert len(names) == len(simple.closure.paths)
+            said = (tmp_path / f"m{simple.script}").read_bytes()
+            assert b"hello from a store path" in said
+        asked = {request.path for request in cache.requests()}
+    assert f"/bundle/{hash_part(simple.root)}" in asked
+    assert [path for path in asked if path.endswith((".narinfo", ".narindex"))] == []
 
 
 def test_only_what_is_read_is_fetched(
