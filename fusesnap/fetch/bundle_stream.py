@@ -42,6 +42,9 @@ from fusesnap.substituter.base import Bookmark
 
 # Seconds without a byte, although it has the link, after which a stream is given up: chunks may come from elsewhere.
 SILENT: Final = 5.0
+# The part of a start that may be missing for the stream to be left. Chunks with it are larger than its extents, and
+# take a round trip more; but with the stream all that is here comes once more.
+CHUNKS_FOR: Final = 1 / 8
 
 Take: TypeAlias = Callable[[BundleHeader], Awaitable[Mapping[StorePath, ChunkedPath]]]
 
@@ -245,10 +248,15 @@ class BundleStream:
             wanted = chunked.get(bundled.path)
             if wanted is not None and wanted.lacks(extent.start, extent.end):
                 by_path[bundled.path].append(extent)
+        lacking = sum(extent.size for extents in by_path.values() for extent in extents)
+        self._enough = lacking <= header.content_size * CHUNKS_FOR
         for path, extents in by_path.items():
-            self._begin(chunked[path], extents)
+            if self._enough:
+                ranges = [(extent.start, extent.end) for extent in extents]
+                chunked[path].want(ranges, Priority.TRACE)
+            else:
+                self._begin(chunked[path], extents)
         self._account(0)
-        self._enough = not any(by_path.values())
         self._promised()
 
     def _begin(self, chunked: ChunkedPath, extents: Sequence[Extent]) -> None:

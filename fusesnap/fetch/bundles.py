@@ -27,6 +27,7 @@ from fusesnap.nix.references import reached
 from fusesnap.nix.signature import TrustedKeys
 from fusesnap.nix.startup_bundle import (
     MAX_BUNDLE_SIZE,
+    BundledExtent,
     BundleHeader,
     BundleParser,
     file_name,
@@ -240,7 +241,20 @@ class Bundles:
             elif (chunked := await self._chunked.given(path, index)) is not None:
                 found[path] = chunked
         self._chunked.tell(rest[:UNTOUCHED_AT_MOST])
+        await self._rebuild(header.extents, found)
         return found
+
+    async def _rebuild(
+        self, extents: Iterable[BundledExtent], found: Mapping[StorePath, ChunkedPath]
+    ) -> None:
+        """Make what of the start can be made of what is here: after a rebuild of something low that is nearly all."""
+        ranges: dict[StorePath, list[tuple[int, int]]] = {path: [] for path in found}
+        for extent in extents:
+            if extent.path in ranges:
+                ranges[extent.path].append((extent.offset, extent.end))
+        async with trio.open_nursery() as nursery:
+            for path, chunked in found.items():
+                nursery.start_soon(chunked.rebuild, ranges[path])
 
     def _pin(self, infos: Iterable[NarInfo]) -> set[StorePath]:
         """Those of ``infos`` whose NAR is, or becomes, the one in use, and that are not here yet. Blocking."""

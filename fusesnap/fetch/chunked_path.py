@@ -202,9 +202,10 @@ class ChunkedPath:
             progress(before - left)
             yield data
 
-    async def rebuild(self) -> None:
-        """Make of what is here what can be made of it; return when all was tried."""
-        untried = self._rebuilding.untried(range(len(self._chunks)))
+    async def rebuild(self, ranges: Iterable[tuple[int, int]] | None = None) -> None:
+        """Make what can be made of what is here, of all of the NAR or of these ranges; return when all was tried."""
+        numbers = range(len(self._chunks)) if ranges is None else self._numbers(ranges)
+        untried = self._rebuilding.untried(numbers)
         wanted = [n for n in self._partial.missing(untried) if n not in self._coming]
         if wanted and not self._closed:
             run = RebuildRun(wanted, Priority.COMPLETION, fetches=False)

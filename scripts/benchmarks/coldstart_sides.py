@@ -131,7 +131,7 @@ class Fusesnap(Side):
 
 
 class Updated(Side):
-    """Ours from the published cache, on a machine that has run a generation of which hardly more than names differs."""
+    """Ours from the bundled cache, on a machine that has run a generation of which hardly more than names differs."""
 
     name = UPDATED
 
@@ -140,7 +140,7 @@ class Updated(Side):
         """See Side."""
         if scene.before is None:
             raise ValueError("the generation before was not built")
-        near, far = scene.before.source, scene.source("published")
+        near, far = scene.before.source, scene.source("bundled")
         source = Source([*near.caches, *far.caches], near.keys)
         with (
             fusesnap_daemon(directory / "s", source=source, complete=True) as daemon,

@@ -9,23 +9,28 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import trio
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fusesnap.fetch.bundles import Bundles
 from fusesnap.fetch.events import Rebuilt
 from fusesnap.fetch.priority import Priority
 from fusesnap.fetch.rebuilding import ChunkMaker
 from fusesnap.fetch.seeds import SEEDS_AT_MOST, ranked
 from fusesnap.nix.chunk_table import ChunkTable
+from fusesnap.nix.closure_digest import ClosureDigest
 from fusesnap.nix.hash_parts import Occurrence
 from fusesnap.nix.nar import NarEnd, nar_bytes
-from fusesnap.nix.store_path import StorePath
+from fusesnap.nix.startup_bundle import MAX_EXTENT_SIZE, file_name
+from fusesnap.nix.store_path import StoreDir, StorePath
 from fusesnap.substituter.memory import MemorySubstituter
 
 from ..store.conftest import Tree, path_named, tree_events
-from ..substituter.samples import KEY
+from ..substituter.samples import KEY, TRUSTED
 from .lazy_node import MakeNode, Node, bytes_asked, node_with, read, until
 from .published import CHUNK, PublishedPath, published, put
+from .streamed import bundled
 
 PLAIN = random.Random(3).randbytes(120 * CHUNK)  # noqa: S311 - not for secrets
 NAME = "app-1.0"
@@ -311,3 +316,34 @@ def test_seeds_are_those_of_the_same_package_the_most_alike_first() -> None:
     assert ranked(path, others) == [same, version, output]
     many = [path_of(str(n), "app-1.0-bin") for n in range(9)]
     assert ranked(path, many) == many[:SEEDS_AT_MOST]
+
+
+async def test_a_stream_is_left_of_which_nearly_all_can_be_made(
+    cache: MemorySubstituter, make_node: MakeNode, nursery: trio.Nursery, old: PublishedPath
+) -> None:
+    """What cannot be made comes as chunks, without being asked for."""
+    fresh = random.Random(4).randbytes(8 * CHUNK)  # noqa: S311 - not for secrets
+    new = put(cache, generation("new", files("new", fresh=fresh)))
+    size = len(program("new"))
+    closure = ClosureDigest.of([new.path], StoreDir())
+    parts = [
+        (new, b"program", start, min(MAX_EXTENT_SIZE, size - start))
+        for start in range(0, size, MAX_EXTENT_SIZE)
+    ]
+    file = bundled(*parts, (new, b"fresh", 0, len(fresh))).file
+    cache.files[file_name(closure)] = file
+    node = await node_with(make_node, old)
+    await node.realiser.realise(old.path)
+    received = node.pool.states()[0].bytes_received
+    caches, store, chunked = node.pool.caches(), node.store, node.chunked
+    bundles = Bundles(caches, store, chunked, TRUSTED, node.link, nursery, 10.0)
+    assert (await bundles.find(closure, [new.path])).brings
+    await until(lambda: not bundles.are_coming)
+    assert node.pool.states()[0].bytes_received - received < len(file) / 2
+    found = await chunked.find(new.path)
+    assert found is not None
+    entry = next(entry for entry in found.tree.entries if entry.name == b"fresh")
+    await until(lambda: not found.lacks(entry.offset, entry.offset + len(fresh)))
+    assert len(fresh) <= asked_of(cache, new) <= len(fresh) + 2 * CHUNK
+    assert await read(node, new, b"program", 0, size) == program("new")
+    assert await read(node, new, b"fresh", 0, len(fresh)) == fresh
