@@ -6,7 +6,6 @@ from fusesnap.errors import ContentMismatch
 from fusesnap.nix.compression import decompressor
 from fusesnap.nix.nar import NEED_DATA, NarEnd, NarParser
 from fusesnap.nix.narinfo import NarInfo
-from fusesnap.nix.tree import Tree, TreeBuilder
 from fusesnap.nix.trust import content_address_check
 from fusesnap.store.staging import StagedPath
 
@@ -26,7 +25,6 @@ class Unpacker:
         self._hash = info.nar_hash.algorithm.new()
         self._size = 0
         self._parser = NarParser()
-        self._tree = TreeBuilder()
         self._content_address = content_address_check(info)
 
     def feed(self, compressed: bytes) -> None:
@@ -51,13 +49,12 @@ class Unpacker:
         while (event := self._parser.next_event()) is not NEED_DATA:
             if self._content_address is not None:
                 self._content_address.receive(event)
-            self._tree.receive(event)
             self._staged.receive(event)
             if isinstance(event, NarEnd):
                 return
 
-    def finish(self) -> Tree:
-        """The path's tree, when the NAR was whole and is exactly the one announced."""
+    def finish(self) -> None:
+        """Return when the NAR was whole and is exactly the one announced."""
         info = self._info
         self._decompressor.finish()
         self._parser.close()
@@ -72,4 +69,3 @@ class Unpacker:
             )
         if self._content_address is not None:
             self._content_address.finish()
-        return self._tree.tree()
