@@ -102,6 +102,8 @@ class HttpSubstituter:
         self._retry = retry
         self._timeouts = timeouts
         self._credentials = (secrets or Secrets()).of(self._address)
+        # httpx looks through all headers for each that it is asked for.
+        self._common = {each: dict(each.headers) for each in (client, self._transfers)}
         # Waiting for a connection of the pool is bounded by the deadlines around it.
         wait = httpx.Timeout(timeouts.stall, connect=timeouts.connect, pool=None)
         self._extensions = {"timeout": wait.as_dict()}
@@ -234,7 +236,7 @@ class HttpSubstituter:
         # The client's build_request would merge all that a request may have with all that a client may.
         own = {name.lower(): value for name, value in headers.items()}
         request = httpx.Request(
-            "GET", url, headers={**client.headers, **own}, extensions=self._extensions
+            "GET", url, headers={**self._common[client], **own}, extensions=self._extensions
         )
         await self._credentials.look()
         for _ in range(1 + MAX_REDIRECTS):
@@ -249,7 +251,8 @@ class HttpSubstituter:
 
     async def _send_once(self, client: httpx.AsyncClient, request: httpx.Request) -> httpx.Response:
         # httpx takes over what the request before a redirect said.
-        request.headers.pop("Authorization", None)
+        if "Authorization" in request.headers:
+            del request.headers["Authorization"]
         header = self._credentials.header(request.url)
         if header is not None:
             request.headers["Authorization"] = header
