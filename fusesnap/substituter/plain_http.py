@@ -93,10 +93,13 @@ class PlainTransport(httpx.AsyncBaseTransport):
 
     async def _connection(self, request: httpx.Request, connect: float | None) -> PlainConnection:
         origin = request.url.raw_host.decode("ascii"), request.url.port or 80
+        await self._close_the_old()
         while (connection := self._take_idle(origin)) is not None:
             if not connection.has_ended:
                 return connection
             await connection.aclose()
+        while len(self._idle) > self._turns.value:  # all that may be are there: to other servers
+            await self._idle.popleft().aclose()
         return PlainConnection(origin, await self.network.connect_tcp(*origin, connect))
 
     def _take_idle(self, origin: tuple[str, int]) -> PlainConnection | None:
@@ -114,12 +117,11 @@ class PlainTransport(httpx.AsyncBaseTransport):
             self._idle.append(connection)
         elif connection is not None:
             await connection.aclose()
-        while self._idle and self._is_one_too_many(self._idle[0]):
-            await self._idle.popleft().aclose()
 
-    def _is_one_too_many(self, connection: PlainConnection) -> bool:
-        old = trio.current_time() - connection.idle_since > self._idle_for
-        return old or len(self._idle) > self._turns.value
+    async def _close_the_old(self) -> None:
+        """Whatever is between us and a server may have forgotten them, and would not say so."""
+        while self._idle and trio.current_time() - self._idle[0].idle_since > self._idle_for:
+            await self._idle.popleft().aclose()
 
 
 class _Body(httpx.AsyncByteStream):

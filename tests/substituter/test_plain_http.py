@@ -155,8 +155,27 @@ async def test_who_comes_when_all_are_in_use_waits_for_a_turn(
         await trio.testing.wait_all_tasks_blocked()
         assert len(server.requests) == 2
         await held[0].aread()
-    assert len(server.requests) == 3
+    assert (len(server.requests), server.connections) == (3, 2)
     await held[1].aclose()
+
+
+async def test_what_is_idle_gives_way_to_another_server(
+    network: MemoryNetwork, server: ScriptedServer, transport: PlainTransport
+) -> None:
+    other = network.server("other")
+    for each in (server, other):
+        each.on("/file", HELLO)
+    both = [await transport.handle_async_request(request("http://cache/file")) for _ in range(2)]
+    for response in both:
+        await response.aread()
+    await read(transport, "http://other/file")
+    both = [await transport.handle_async_request(request("http://cache/file")) for _ in range(2)]
+    for response in both:
+        await response.aread()
+    # One of the two went for the other server's, which went for the second of these.
+    assert (server.connections, other.connections) == (3, 1)
+    await read(transport, "http://other/file")
+    assert other.connections == 2
 
 
 async def test_a_request_that_fails_gives_its_turn_back(
@@ -169,20 +188,14 @@ async def test_a_request_that_fails_gives_its_turn_back(
     assert await read(transport, "http://cache/file") == b"hello"
 
 
-async def test_one_that_nobody_used_for_long_is_closed(
+async def test_one_that_nobody_used_for_long_is_not_used_again(
     server: ScriptedServer, transport: PlainTransport, autojump_clock: MockClock
 ) -> None:
     server.on("/file", HELLO)
-    both = [await transport.handle_async_request(request("http://cache/file")) for _ in range(2)]
-    for response in both:
-        await response.aread()
-    await trio.sleep(61)
-    assert await read(transport, "http://cache/file") == b"hello"
-    # Of the two the one that was used last went on; the other is gone.
-    both = [await transport.handle_async_request(request("http://cache/file")) for _ in range(2)]
-    for response in both:
-        await response.aread()
-    assert server.connections == 3
+    for seconds, connections in [(0, 1), (59, 1), (61, 2)]:
+        await trio.sleep(seconds)
+        assert await read(transport, "http://cache/file") == b"hello"
+        assert server.connections == connections
 
 
 async def test_timeouts_are_those_of_the_request(
