@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from typing import Final
 
 import trio
@@ -45,18 +45,28 @@ class EntryProgram:
         self._loader = loader
         self._head_start = head_start
 
-    async def follow(self, paths: frozenset[StorePath], programs: Sequence[Sequence[str]]) -> None:
+    async def follow(
+        self,
+        paths: frozenset[StorePath],
+        programs: Sequence[Sequence[str]],
+        is_foreseen: Callable[[], Awaitable[bool]],
+    ) -> None:
         """Have those of ``programs`` fetched that are in the closure ``paths``, as if they were opened.
 
         Of each there are the absolute file names where it may be. The first one is needed, the others are guesses.
-        What cannot be had is let be: whoever really wants it will be told.
+        What cannot be had is let be: whoever really wants it will be told. As soon as it ``is_foreseen`` what a start
+        reads, nothing more is guessed.
         """
+        if await is_foreseen():
+            return
         common = await trio.to_thread.run_sync(self._common, paths)
         self._contents.request(common, Priority.REST)
         async with trio.open_nursery() as nursery:
             for number, places in enumerate(programs):
                 if number == 1:
                     await trio.sleep(self._head_start)
+                    if await is_foreseen():
+                        break
                 priority = Priority.REST if number else Priority.TRACE
                 nursery.start_soon(self._follow_first, paths, places, priority)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -22,6 +23,8 @@ from fusesnap.nix.trace_labels import TRACE_LABEL_PREFIX, parse_trace_labels
 log = logging.getLogger(__name__)
 
 Programs: TypeAlias = Sequence[Sequence[str]]
+# Whether a trace says by now what a start reads.
+IsForeseen: TypeAlias = Callable[[], Awaitable[bool]]
 # What a container above the snapshot of a name may run; see ``EntryPrograms``.
 FindPrograms: TypeAlias = Callable[[str], Awaitable[Programs]]
 
@@ -39,7 +42,7 @@ class HeardHints:
     get_ready: Callable[[frozenset[StorePath]], Awaitable[object]]
     bundled: Callable[[ClosureDigest, frozenset[StorePath]], Awaitable[bool]]
     learn: Callable[[frozenset[StorePath]], object]
-    follow: Callable[[frozenset[StorePath], Programs], Awaitable[object]]
+    follow: Callable[[frozenset[StorePath], Programs, IsForeseen], Awaitable[object]]
     nursery: trio.Nursery
 
     @property
@@ -85,7 +88,7 @@ class HeardHints:
     async def _follow(self, paths: frozenset[StorePath], programs: Programs) -> None:
         closure = await trio.to_thread.run_sync(ClosureDigest.of, paths, self.store_dir)
         if not await self.bundled(closure, paths):
-            await self.follow(paths, programs)
+            await self.follow(paths, programs, partial(self.traces.knows, closure))
 
     def _paths_in(self, question: Mapping[str, Any], field: str) -> frozenset[StorePath]:
         return frozenset(self.store_dir.parse(path) for path in question[field])

@@ -7,14 +7,7 @@ in the cache's file too. What is fetched outlives who asked for it.
 
 from __future__ import annotations
 
-from collections.abc import (
-    AsyncGenerator,
-    AsyncIterator,
-    Awaitable,
-    Callable,
-    Iterable,
-    Sequence,
-)
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from contextlib import aclosing
 from functools import partial
 from typing import Final
@@ -174,6 +167,12 @@ class ChunkedPath:
         self.used = trio.current_time()
         gaps = [gap for start, end in ranges for gap in self._partial.gaps(start, end)]
         self._ask(self._numbers(self._promised.without(gaps)), priority)
+
+    def foresee(self) -> None:
+        """A startup trace tells what is read of it: what was guessed of that, and has not begun, is not asked for."""
+        self.is_foreseen = True
+        for run in [each for each in self._runs if each.waits and each.priority >= Priority.REST]:
+            self._withdraw(run)
 
     def at_hand(self, offset: int, size: int) -> bytes | None:
         """The same without waiting: None unless all of it is here."""

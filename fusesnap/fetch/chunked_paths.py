@@ -139,8 +139,8 @@ class ChunkedPaths:
     async def begun(self, path: StorePath) -> ChunkedPath | None:
         """``path``, if enough of it is here that the rest is better had by the chunk.
 
-        That is anything that was fetched of it; and what can be made of other paths, if that is a quarter. It takes an
-        index to know, which is not asked for where nothing is here that has a name like it.
+        That is anything that was fetched of it, or is being fetched; and what can be made of other paths, if that is a
+        quarter. It takes an index to know, which is not asked for where nothing is here that has a name like it.
         """
         known = path in self._open or self._partials.is_begun(path)
         if not known and not await self._promises(path):
@@ -149,7 +149,7 @@ class ChunkedPaths:
         if found is None:
             return None
         await found.adopt()
-        if not found.is_empty:
+        if not (found.is_empty and found.is_idle):  # what is on its way need not come twice
             return found
         await found.rebuild()
         worth = not found.is_empty and found.remaining <= found.file_size * LEFT_AT_MOST

@@ -192,7 +192,7 @@ class Contents:
                 await known[traced.path].wait()
                 chunked = found.get(traced.path)
                 if chunked is not None and chunked.pin.info.nar_hash == traced.nar_hash:
-                    chunked.is_foreseen = True
+                    chunked.foresee()
                     chunked.want(ranges_of(chunked.tree, parts[traced.path]), Priority.TRACE)
         whole = [path for path in known if path in found and found[path] is None]
         if whole:

@@ -53,6 +53,10 @@ async def following(node: Node, nursery: trio.Nursery, closure: Closure) -> Entr
     return EntryProgram(node.store, node.contents, loader, head_start=0)
 
 
+async def nothing_foreseen() -> bool:
+    return False
+
+
 def committed(node: Node, *paths: PublishedPath) -> bool:
     wanted: list[StorePath] = [path.path for path in paths]
     return len(node.store.committed_among(wanted)) == len(wanted)
@@ -66,7 +70,7 @@ async def test_a_program_that_comes_by_the_chunk(
     closure, node = Closure(cache, indexed=True), await make_node()
     program = await following(node, nursery, closure)
     places = [link("nowhere", "one"), "/bin/one", link("env", "bin/no"), link("env", "bin/one")]
-    await program.follow(closure.paths, [places])
+    await program.follow(closure.paths, [places], nothing_foreseen)
     chunked = await node.chunked.find(closure.one.path)
     assert chunked is not None
     await until(lambda: chunked.is_idle)
@@ -85,7 +89,7 @@ async def test_a_program_on_a_stock_cache(
 ) -> None:
     closure, node = Closure(cache, indexed=False), await make_node()
     program = await following(node, nursery, closure)
-    await program.follow(closure.paths, [[link("env", "bin/one")]])
+    await program.follow(closure.paths, [[link("env", "bin/one")]], nothing_foreseen)
     await until(lambda: committed(node, closure.env, closure.one, closure.common))
     assert closure.two.info.url not in cache.requests
 
@@ -98,7 +102,7 @@ async def test_guesses_come_behind_the_program(
     closure, node = Closure(cache, indexed=False), await make_node()
     program = await following(node, nursery, closure)
     places = [[link("env", f"bin/{name}")] for name in ("one", "none", "two")]
-    await program.follow(closure.paths, places)
+    await program.follow(closure.paths, places, nothing_foreseen)
     assert committed(node, closure.one, closure.two)
     asked = {each.path: each.priority for each in node.heard if isinstance(each, Asked)}
     assert asked[closure.one.path] is Priority.TRACE
@@ -114,6 +118,25 @@ async def test_what_cannot_be_had_is_let_be(
     closure, node = Closure(cache, indexed=False), await make_node()
     program = await following(node, nursery, closure)
     del cache.files[closure.one.info.url]
-    await program.follow(closure.paths, [[link("env", "bin/one"), link("env", "bin/two")]])
+    await program.follow(
+        closure.paths, [[link("env", "bin/one"), link("env", "bin/two")]], nothing_foreseen
+    )
     assert committed(node, closure.two)
     assert closure.one.path.base_name in caplog.text  # whoever fetches it says so
+
+
+@pytest.mark.parametrize("guessed", [0, 1])
+async def test_nothing_more_is_guessed_as_soon_as_a_trace_is_known(
+    cache: MemorySubstituter, make_node: MakeNode, nursery: trio.Nursery, guessed: int
+) -> None:
+    closure, node = Closure(cache, indexed=False), await make_node()
+    program = await following(node, nursery, closure)
+    answers = iter([False] * guessed + [True])
+
+    async def is_foreseen() -> bool:
+        return next(answers)
+
+    places = [[link("env", f"bin/{name}")] for name in ("one", "two")]
+    await program.follow(closure.paths, places, is_foreseen)
+    assert committed(node, closure.one) == bool(guessed)
+    assert closure.two.info.url not in cache.requests

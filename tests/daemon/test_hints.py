@@ -11,7 +11,7 @@ import pytest
 import trio
 
 from fusesnap.daemon import control
-from fusesnap.daemon.hints import HeardHints, HintedStarts, Programs
+from fusesnap.daemon.hints import HeardHints, HintedStarts, IsForeseen, Programs
 from fusesnap.errors import Unavailable
 from fusesnap.fetch.traces.recording import Start
 from fusesnap.fetch.traces.traces import Traces
@@ -52,7 +52,13 @@ class Heard:
     async def get_ready(self, paths: frozenset[StorePath]) -> None:
         self.ready.append(paths)
 
-    async def follow(self, paths: frozenset[StorePath], programs: Programs) -> None:
+    async def knows(self, closure: ClosureDigest) -> bool:
+        return closure == CLOSURE
+
+    async def follow(
+        self, paths: frozenset[StorePath], programs: Programs, is_foreseen: IsForeseen
+    ) -> None:
+        assert await is_foreseen()
         await self.send.send(("follow", paths, programs))
 
     async def end(self, key: str) -> None:

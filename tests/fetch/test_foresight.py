@@ -64,6 +64,38 @@ async def test_what_a_trace_foresees_is_there_when_it_is_asked_for(
     assert len(cache.parts) == asked
 
 
+async def test_a_path_that_is_completed_while_a_part_of_it_comes_does_not_come_twice(
+    cache: MemorySubstituter, make_node: MakeNode
+) -> None:
+    path = put(cache, published("lazy", TREE))
+    node = await node_with(make_node, path)
+    chunked = await node.chunked.find(path.path)
+    assert chunked is not None
+    entry = next(e for e in path.index.tree.entries if e.name == b"other")
+    await node.contents.want_file(path.path, entry)
+    assert chunked.is_empty  # nothing has come of it
+    await node.realiser.realise(path.path, priority=Priority.COMPLETION)
+    assert node.store.is_committed(path.path)
+    assert bytes_asked(cache) == len(path.file)
+    assert cache.requests.count(path.info.url) == len(cache.parts)  # never the whole file
+
+
+async def test_a_trace_ends_what_was_guessed_before(
+    cache: MemorySubstituter, make_node: MakeNode
+) -> None:
+    path = put(cache, published("lazy", TREE))
+    node = await node_with(make_node, path)
+    chunked = await node.chunked.find(path.path)
+    assert chunked is not None
+    entry = next(e for e in path.index.tree.entries if e.name == b"other")
+    await node.contents.want_file(path.path, entry)
+    node.contents.foresee(trace_of(path, (b"other", 50 * CHUNK, CHUNK)))
+    await until(lambda: chunked.is_foreseen)
+    await until(lambda: chunked.is_idle)
+    assert bytes_asked(cache) < len(OTHER_BIG) / 2
+    assert await read(node, path, b"other", 0, len(OTHER_BIG)) == OTHER_BIG
+
+
 async def test_a_trace_of_another_nar_fetches_no_part(
     cache: MemorySubstituter, make_node: MakeNode
 ) -> None:

@@ -147,6 +147,17 @@ class Traces:
             if self._policy.ask:
                 await self._search.find(database, closure, paths)
 
+    async def knows(self, closure: ClosureDigest) -> bool:
+        """Whether a trace of ``closure`` is here that a start would be fetched by. Asks no cache."""
+        await self._opened.wait()
+        database = self._database
+        if database is None or not self._policy.replay:
+            return False
+        with logged(f"closure {closure}"):
+            now = int(self._clock())
+            return await trio.to_thread.run_sync(database.best, closure, now) is not None
+        return False
+
     def replay(self, start: Start, trace: StartupTrace) -> None:
         """Have fetched what an earlier start has read, in its order, before this one asks.
 

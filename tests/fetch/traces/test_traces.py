@@ -327,7 +327,9 @@ async def test_it_is_looked_for_when_the_image_is_unpacked(node: Node) -> None:
     start = node.start("one")
     node.cache.files[file_name(trace.closure)] = format_trace(trace)
     async with node.process() as (traces, _):
+        assert not await traces.knows(start.closure)
         await traces.foresee(start.closure, start.paths, None)
+        assert await traces.knows(start.closure)
         assert node.requested == []
         node.cache.requests.clear()
         await traces.begin(start)
