@@ -19,14 +19,20 @@ from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from enum import StrEnum
+from functools import cache
 from pathlib import Path
 from typing import IO, Any
 
-from testbed.drill_builder import FILES, LARGE, PROGRAM, SMALL, greeting, large_file, small_files
+from testbed import drill_builder
+from testbed.drill_builder import FILES, LARGE, PROGRAM, SMALL, greeting
 
 SLOW = 0.002
-PAUSE = 0.002  # between two accesses of committed paths: readers must not starve what they test
+# Seconds between two accesses of committed paths: readers must not starve what they test. The longer where each access
+# takes its time: programs, and paths as a whole.
+PAUSE, LONG_PAUSE = 0.002, 0.03
 PAGE = mmap.PAGESIZE
+# What is expected is made once.
+large_file, small_files = cache(drill_builder.large_file), cache(drill_builder.small_files)
 
 # The shared board: one byte that says "stop", then a slot a reader.
 SLOT = struct.Struct(
@@ -97,16 +103,16 @@ class Reader:
             Role.OPEN: self._read_open_file,
             Role.MAP: self._read_mapping,
             Role.LIST: lambda: self._repeat(self._list),
-            Role.EXECUTE: lambda: self._repeat(self._execute),
+            Role.EXECUTE: lambda: self._repeat(self._execute, LONG_PAUSE),
             Role.FIRST: self._read_first,
         }
         loops[self._task.role]()
 
-    def _repeat(self, access: Callable[[str, Path], None]) -> None:
+    def _repeat(self, access: Callable[[str, Path], None], pause: float = PAUSE) -> None:
         while not self.stopped:
             name, path = self._random.choice(self._task.paths)
             self._timed(access, name, Path(path))
-            time.sleep(PAUSE)
+            time.sleep(pause)
 
     def _timed(self, access: Callable[[str, Path], None], name: str, path: Path) -> None:
         start = time.monotonic()
@@ -188,7 +194,7 @@ class Reader:
             self._timed(self._first(manners[number % len(manners)]), name, Path(path))
             self._timed(self._read_all, name, Path(path))
         self._through = 1.0
-        self._repeat(self._read_all)
+        self._repeat(self._read_all, LONG_PAUSE)
 
     @staticmethod
     def _first(manner: Callable[[str, Path], None]) -> Callable[[str, Path], None]:
