@@ -145,12 +145,13 @@ def image_path(store: NixStore, archive: Path, root: str) -> str:
 
     So nix-snapshotter's ``buildImage`` leaves it.
     """
+    # cp closes its output before it ends, and a builder that has done so is killed: the shell must outlive it.
     expression = f"""
         derivation {{
           name = {nix_string(archive.name)};
           system = builtins.currentSystem;
           builder = "/bin/sh";
-          args = [ "-c" "exec /bin/cp $archive $out" ];
+          args = [ "-c" "/bin/cp $archive $out; exit $?" ];
           archive = builtins.path {{ path = {nix_string(str(archive))}; name = "archive"; }};
           closure = builtins.storePath {nix_string(root)};
         }}
