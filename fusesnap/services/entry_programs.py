@@ -6,19 +6,18 @@ known. containerd fetches it before the layers, and tells it by the label of wha
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from typing import Final
 
 import grpc
 
 from fusesnap.errors import InvalidData
-from fusesnap.images.digest import Digest
 from fusesnap.images.documents import MAX_DOCUMENT_SIZE, parse_config
 from fusesnap.images.run_config import RunConfig, parse_run_config
 from fusesnap.services.api import content_pb2, content_pb2_grpc
 from fusesnap.services.containerd_calls import ContainerdCalls
 from fusesnap.services.image_content import CONTENT_REF
+from fusesnap.services.image_unpack import chain_ids
 
 CONFIG_REF: Final = f"{CONTENT_REF}.config"
 # Configurations that are looked into: what is being unpacked has just been fetched, so it is among the newest.
@@ -83,12 +82,3 @@ class EntryPrograms:
         if chain_id not in chain_ids(parse_config(data, digest).diff_ids):
             return None
         return parse_run_config(data, digest)
-
-
-def chain_ids(diff_ids: Sequence[Digest]) -> Sequence[str]:
-    """The chain ID of each layer, from the lowest."""
-    found: list[str] = []
-    for diff_id in map(str, diff_ids):
-        text = f"{found[-1]} {diff_id}" if found else diff_id
-        found.append(f"sha256:{hashlib.sha256(text.encode()).hexdigest()}" if found else diff_id)
-    return found

@@ -15,7 +15,8 @@ from fusesnap.images.digest import Digest
 from fusesnap.images.documents import MAX_DOCUMENT_SIZE
 from fusesnap.services.api import content_pb2, content_pb2_grpc
 from fusesnap.services.containerd_client import open_channel
-from fusesnap.services.entry_programs import CONFIG_REF, NEWEST, EntryPrograms, chain_ids
+from fusesnap.services.entry_programs import CONFIG_REF, NEWEST, EntryPrograms
+from fusesnap.services.image_unpack import chain_ids
 
 LOWER, UPPER = f"sha256:{'1' * 64}", f"sha256:{'2' * 64}"
 # sha256 of "<LOWER> <UPPER>", by sha256sum.
