@@ -1,8 +1,8 @@
 """Finds the startup bundle of a closure in binary caches, and takes over what it says.
 
 A bundle is only ever a saving. Whatever is wrong with one is logged, and the closure is had as without: by narinfos,
-indexes, chunks and traces. Narinfos and indexes of a bundle are trusted by their own signatures, as if they had been
-asked for.
+indexes, chunks and traces. Its signature, by a trusted key, vouches for the narinfos in it: whoever has that key could
+have signed each of them. Indexes are trusted by their own.
 """
 
 from __future__ import annotations
@@ -34,7 +34,6 @@ from fusesnap.nix.startup_bundle import (
     root_file_name,
 )
 from fusesnap.nix.store_path import HashPart, StorePath
-from fusesnap.nix.trust import check_trust
 from fusesnap.store.local_store import LocalStore
 from fusesnap.substituter.base import Bookmark, StoredFile
 
@@ -261,24 +260,10 @@ class Bundles:
         wanted = {info.store_path: info for info in infos}
         for path in self._store.committed_among(wanted):
             del wanted[path]
-        known = {path: self._store.pinned(path) for path in wanted}
-        new = [
-            info for path, info in wanted.items() if known[path] is None and self._is_trusted(info)
-        ]
-        self._store.pins(new)
-        pinned = {info.store_path for info in new}
-        for path, pin in known.items():
-            if pin is not None and pin.info.nar_hash == wanted[path].nar_hash:
-                pinned.add(path)
-        return pinned
-
-    def _is_trusted(self, info: NarInfo) -> bool:
-        try:
-            check_trust(info, self._keys)
-        except UntrustedPath as error:
-            log.warning("startup bundle: a narinfo is not used: %s", error)
-            return False
-        return True
+        known = self._store.pinned_among(wanted)
+        self._store.pins(info for path, info in wanted.items() if path not in known)
+        others = {path for path, pin in known.items() if pin.info.nar_hash != wanted[path].nar_hash}
+        return wanted.keys() - others
 
 
 def _remember(known: dict[_Key, _Value], key: _Key, value: _Value) -> None:

@@ -212,6 +212,10 @@ class LocalStore:
             pin = self.pin(valid.as_narinfo(self.store_dir))
         return pin
 
+    def pinned_among(self, paths: Iterable[StorePath]) -> dict[StorePath, Pin]:
+        """Return those of ``paths`` that have a pin by now, with it, as :meth:`pinned` does."""
+        return self._target.state.pinned_among(paths)
+
     def pin_of(self, ordinal: int) -> Pin | None:
         """Return the pin that has ``ordinal``."""
         return self._target.state.pin_of(ordinal)

@@ -117,9 +117,17 @@ class StateDatabase:
 
     def pinned(self, path: StorePath) -> Pin | None:
         """Return the pin that is recorded, else the one that was made last, if there is any."""
-        return self._select(
-            "store_path = ? ORDER BY state = 'recorded' DESC, ordinal DESC", path.base_name
+        return self.pinned_among([path]).get(path)
+
+    def pinned_among(self, paths: Iterable[StorePath]) -> dict[StorePath, Pin]:
+        """Return those of ``paths`` for which :meth:`pinned` has a pin, with it."""
+        query = (
+            "SELECT ordinal, narinfo FROM paths WHERE store_path = ?"
+            " ORDER BY state = 'recorded' DESC, ordinal DESC LIMIT 1"
         )
+        with self._database.reading("look for paths in") as connection:
+            rows = {path: connection.execute(query, (path.base_name,)).fetchone() for path in paths}
+        return {path: self._pin_from(*row) for path, row in rows.items() if row is not None}
 
     def pin_of(self, ordinal: int) -> Pin | None:
         """Return the pin with this ordinal."""

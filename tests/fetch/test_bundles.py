@@ -10,6 +10,7 @@ import pytest
 import trio
 from trio.testing import MockClock
 
+from fusesnap.errors import ClosureUnavailable
 from fusesnap.fetch.bundles import ABSENT_FOR, NOTHING_TOLD, Bundles, Told
 from fusesnap.nix.closure_digest import ClosureDigest
 from fusesnap.nix.startup_bundle import BundleHeader, file_name, root_file_name, write_bundle
@@ -236,17 +237,21 @@ async def test_a_bad_one_is_told_and_remembered_and_all_goes_on_without(
     assert await read(node, paths[0], b"big", 0, SIZE) == BIG[:SIZE]
 
 
-async def test_a_narinfo_that_no_trusted_key_has_signed_is_not_believed_for_being_in_a_bundle(
+async def test_its_signature_vouches_for_the_narinfos_in_it(
     cache: MemorySubstituter, make_node: MakeNode, bundles_of: Callable[[Node], Bundles]
 ) -> None:
+    """And for nothing else: the same narinfo is not believed when it comes alone."""
     first, second = both()
-    stranger = replace(second.info, signatures=())
-    closure = offered(cache, first, replace(second, info=stranger))
+    unsigned = replace(second, info=replace(second.info, signatures=()))
+    closure = offered(cache, first, unsigned)
     node = await make_node()
+    with pytest.raises(ClosureUnavailable, match="it is unsigned"):
+        await node.realiser.admit([unsigned.path])
     told = await bundles_of(node).find(closure, [first.path, second.path])
-    assert told == told_of(first, brings=True)
-    assert node.store.pinned(first.path) is not None
-    assert node.store.pinned(second.path) is None
+    assert told == told_of(first, second, brings=True)
+    pin = node.store.pinned(second.path)
+    assert pin is not None
+    assert pin.info.nar_hash == second.info.nar_hash
 
 
 async def test_what_a_cut_stream_has_not_brought_comes_as_chunks(

@@ -33,7 +33,9 @@ def test_a_pin_stands_for_path_and_nar_hash(database: StateDatabase, make: Make)
     assert database.pin_of(second.ordinal) == Pin(second.ordinal, other)
     assert database.pin_of(99) is None
     assert database.pinned(one.store_path) == second
-    assert database.pinned(make("b")[0].store_path) is None
+    unknown = make("b")[0].store_path
+    assert database.pinned(unknown) is None
+    assert database.pinned_among([unknown, one.store_path]) == {one.store_path: second}
 
 
 def test_ordinals_are_neither_reused_nor_used_up(database: StateDatabase, make: Make) -> None:
