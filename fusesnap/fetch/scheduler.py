@@ -33,6 +33,10 @@ LARGE: Final = 1 << 20
 # Seconds without a reader before what nobody waits for is begun: a start reads, thinks, and reads again, and each pause
 # costs what was on its way. Much longer, and the link is idle while containers are created.
 QUIET: Final = 0.25
+# The same where the link carries so many bytes a second: there a start thinks for longer than it waits, and whoever
+# unpacks would have the processors that it thinks with.
+FAST: Final = 12_500_000
+QUIET_WHEN_FAST: Final = 2.0
 # Seconds in which a transfer shows what it can do; less than this share of the link, and others may run beside it.
 TRIAL: Final = 2.0
 LEAST_SHARE: Final = 0.25
@@ -161,7 +165,7 @@ class Scheduler:
     def decide(self, now: float) -> list[Load]:
         """Let run what should run from ``now`` on; returns the loads whose state is another than before."""
         if any(self._is_reader_with_the_link(load, now) for load in self._loads):
-            self._quiet_from = now + QUIET
+            self._quiet_from = now + (QUIET_WHEN_FAST if self._rate.value >= FAST else QUIET)
         order = sorted(self._loads, key=lambda load: (load.priority, load.number))
         self._favour(order, now)
         chosen = self._choose(order, now)

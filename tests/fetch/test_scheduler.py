@@ -9,9 +9,11 @@ import pytest
 from fusesnap.fetch.gauge import Width
 from fusesnap.fetch.priority import Priority
 from fusesnap.fetch.scheduler import (
+    FAST,
     FIRST_WINDOW,
     LOOK_AGAIN,
     QUIET,
+    QUIET_WHEN_FAST,
     STARVED,
     TRIAL,
     TURN,
@@ -90,6 +92,20 @@ def test_a_reader_whose_cache_is_silent_leaves_the_link_to_others(
         scheduler.received(reader, MIB, now)
         scheduler.decide(now)
     assert completion.state is LoadState.PAUSED
+
+
+@pytest.mark.parametrize(("rate", "quiet"), [(FAST // 4, QUIET), (2 * FAST, QUIET_WHEN_FAST)])
+def test_on_a_fast_link_a_start_may_think_for_longer(
+    scheduler: Scheduler, rate: int, quiet: float
+) -> None:
+    reader, completion = add(scheduler, Priority.READER, None), add(scheduler, Priority.COMPLETION)
+    for step in range(20):
+        scheduler.decide(step / 10)
+        scheduler.received(reader, rate // 10, step / 10)
+    scheduler.remove(reader)
+    assert completion not in scheduler.decide(1.9 + quiet - 0.1)
+    assert completion in scheduler.decide(1.9 + quiet + 0.1)
+    assert completion.state is LoadState.RUNNING
 
 
 def test_it_says_nothing_of_what_stays_as_it_is(scheduler: Scheduler) -> None:
