@@ -33,9 +33,11 @@ LARGE: Final = 1 << 20
 # Seconds without a reader before what nobody waits for is begun: a start reads, thinks, and reads again, and each pause
 # costs what was on its way. Much longer, and the link is idle while containers are created.
 QUIET: Final = 0.25
-# The same where the link carries so many bytes a second: there a start thinks for longer than it waits, and whoever
-# unpacks would have the processors that it thinks with.
+# The same where the link carries so many bytes a second, or, as long as that is not known, where answers come within so
+# many seconds: there a start thinks for longer than it waits, and whoever unpacks would have the processors that it
+# thinks with.
 FAST: Final = 12_500_000
+NEAR: Final = 0.015
 QUIET_WHEN_FAST: Final = 2.0
 # Seconds in which a transfer shows what it can do; less than this share of the link, and others may run beside it.
 TRIAL: Final = 2.0
@@ -164,8 +166,11 @@ class Scheduler:
 
     def decide(self, now: float) -> list[Load]:
         """Let run what should run from ``now`` on; returns the loads whose state is another than before."""
-        if any(self._is_reader_with_the_link(load, now) for load in self._loads):
-            self._quiet_from = now + (QUIET_WHEN_FAST if self._rate.value >= FAST else QUIET)
+        # Over a fast link what a trace or a bundle brings is here before anybody reads it.
+        fast = self._is_fast
+        keeps, quiet = (Priority.TRACE, QUIET_WHEN_FAST) if fast else (Priority.READER, QUIET)
+        if any(self._is_urgent_with_the_link(load, keeps, now) for load in self._loads):
+            self._quiet_from = now + quiet
         order = sorted(self._loads, key=lambda load: (load.priority, load.number))
         self._favour(order, now)
         chosen = self._choose(order, now)
@@ -232,12 +237,19 @@ class Scheduler:
         """Whether ``load`` is kept out by nothing but its like, which fill the window."""
         return not self._must_be_quiet(load, now) and not chosen.is_claimed(load)
 
+    @property
+    def _is_fast(self) -> bool:
+        if self._rate.value:
+            return self._rate.value >= FAST
+        known = [each.value for each in self._round_trips.values() if each.value]
+        return bool(known) and min(known) <= NEAR
+
     def _must_be_quiet(self, load: Load, now: float) -> bool:
         return load.priority in _ONLY_WHEN_QUIET and now < self._quiet_from
 
-    def _is_reader_with_the_link(self, load: Load, now: float) -> bool:
+    def _is_urgent_with_the_link(self, load: Load, least: Priority, now: float) -> bool:
         """A reader whose cache is silent leaves the link to others: it may be so for minutes."""
-        return load.priority is Priority.READER and not self._is_held_back(load, now)
+        return load.priority <= least and not self._is_held_back(load, now)
 
     def _share(self, load: Load, now: float) -> _Share:
         used = not self._is_held_back(load, now)

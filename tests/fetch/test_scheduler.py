@@ -12,6 +12,7 @@ from fusesnap.fetch.scheduler import (
     FAST,
     FIRST_WINDOW,
     LOOK_AGAIN,
+    NEAR,
     QUIET,
     QUIET_WHEN_FAST,
     STARVED,
@@ -106,6 +107,27 @@ def test_on_a_fast_link_a_start_may_think_for_longer(
     assert completion not in scheduler.decide(1.9 + quiet - 0.1)
     assert completion in scheduler.decide(1.9 + quiet + 0.1)
     assert completion.state is LoadState.RUNNING
+
+
+@pytest.mark.parametrize(
+    ("urgent", "answered", "quiet"),
+    [
+        (Priority.READER, NEAR / 2, QUIET_WHEN_FAST),
+        (Priority.TRACE, NEAR / 2, QUIET_WHEN_FAST),
+        (Priority.READER, 2 * NEAR, QUIET),
+    ],
+)
+def test_a_cache_nearby_is_fast_until_more_is_known(
+    scheduler: Scheduler, urgent: Priority, answered: float, quiet: float
+) -> None:
+    start, completion = add(scheduler, urgent), add(scheduler, Priority.COMPLETION)
+    scheduler.decide(0)
+    scheduler.asked(start, 0)
+    scheduler.received(start, 1000, answered)
+    scheduler.decide(answered)
+    scheduler.remove(start)
+    assert completion not in scheduler.decide(answered + quiet - 0.1)
+    assert completion in scheduler.decide(answered + quiet + 0.1)
 
 
 def test_it_says_nothing_of_what_stays_as_it_is(scheduler: Scheduler) -> None:
