@@ -24,7 +24,7 @@ def test_a_recorded_start_is_complete(
     done = run_unchecked(
         [
             *record,
-            *("--idle", "0.5", "-o", work / "trace", "--env", f"PATH={simple.root}/bin"),
+            *("--idle", "2", "-o", work / "trace", "--env", f"PATH={simple.root}/bin"),
             *("--", "sh", "-c", read),
         ],
         timeout=60,
