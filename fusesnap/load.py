@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import gc
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib import import_module
 
 
@@ -18,12 +19,21 @@ def command_of(module: str, *arguments: str) -> list[str]:
     return [sys.executable, "-P", "-m", "fusesnap.load", module, *arguments]
 
 
-def loaded(module: str) -> Callable[[], None]:
-    """Import ``module``, spare what there is now from garbage collection; returns its ``main``."""
+@contextmanager
+def for_good() -> Iterator[None]:
+    """What is made in this block stays, and is never looked through: an eighth of the time that imports take."""
     gc.disable()
-    program: Callable[[], None] = import_module(module).main
-    gc.freeze()
-    gc.enable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
+
+
+def loaded(module: str) -> Callable[[], None]:
+    """Import ``module``, spare what there is then from garbage collection; returns its ``main``."""
+    with for_good():
+        program: Callable[[], None] = import_module(module).main
     return program
 
 

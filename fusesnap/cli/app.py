@@ -7,9 +7,9 @@ from importlib import import_module
 
 import click
 
-from fusesnap.cli.importing import for_good
 from fusesnap.errors import FusesnapError
 from fusesnap.exit_codes import exit_code, table
+from fusesnap.load import for_good
 
 EPILOG = f"""\b
 A first success, without containers:

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 import click
 
 from fusesnap.cli import options
-from fusesnap.cli.importing import for_good
 from fusesnap.cli.status import size
 from fusesnap.daemon.unpackers import LINGER, started_unpackers
+from fusesnap.load import for_good
 
 if TYPE_CHECKING:
     from fusesnap.daemon.prefetch import Prefetched
