@@ -12,6 +12,7 @@ from pathlib import Path
 from testbed.binary_cache import HttpCache, SigningKey
 from testbed.containerd import Containerd, containerd
 from testbed.fusesnap_daemon import FusesnapDaemon, Source, fusesnap_daemon, prefetch
+from testbed.image_endpoint import image_endpoint, knowing_containerd
 from testbed.link_process import RunningLink
 from testbed.nix_store import CONFIGURATION, STORE_DIR
 from testbed.processes import CommandFailed, run, run_until_output
@@ -122,7 +123,7 @@ class Fusesnap(Side):
             fusesnap_daemon(
                 directory / "s",
                 source=scene.source(self.cache),
-                options=[*_knowing_containerd(directory), *self._options],
+                options=[*knowing_containerd(directory), *self._options],
                 complete=True,  # as it comes
             ) as daemon,
             containerd(directory / "c", proxy=daemon.address) as client,
@@ -159,7 +160,7 @@ class Named(Side):
     @contextlib.contextmanager
     def machine(self, scene: Scene, directory: Path) -> Iterator[Callable[[], list[str]]]:
         """See Side."""
-        with _kubelets(directory, scene.source("bundled"), complete=True) as (daemon, client):
+        with image_endpoint(directory, scene.source("bundled"), complete=True) as (daemon, client):
             yield lambda: _named(daemon, client, scene.image)
 
 
@@ -247,36 +248,12 @@ class WarmNamed(Side):
     def machine(self, scene: Scene, directory: Path) -> Iterator[Callable[[], list[str]]]:
         """See Side."""
         source, root = scene.local_source, scene.image
-        with _kubelets(directory, source, complete=False) as (daemon, client):
+        with image_endpoint(directory, source) as (daemon, client):
             prefetch(daemon.state, [root], source=source, timeout=START_SECONDS)
             run_until_output(_named(daemon, client, root), lambda: None, timeout=START_SECONDS)
             client.remove("one")
             client.ctr("images", "rm", "--sync", *client.images())
             yield lambda: _named(daemon, client, root)
-
-
-@contextlib.contextmanager
-def _kubelets(
-    directory: Path, source: Source, *, complete: bool
-) -> Iterator[tuple[FusesnapDaemon, Containerd]]:
-    """A machine on which a kubelet would ask us for images."""
-    with (
-        fusesnap_daemon(
-            directory / "s",
-            source=source,
-            options=_knowing_containerd(directory),
-            complete=complete,
-        ) as daemon,
-        containerd(directory / "c", proxy=daemon.address, cri=True) as client,
-    ):
-        yield daemon, client
-
-
-def _knowing_containerd(directory: Path) -> list[str]:
-    """Options of a daemon that is told where its containerd will be."""
-    settings = directory / "fusesnap.toml"
-    settings.write_text(f'containerd-address = "{directory}/c/containerd.sock"\n')
-    return ["--config", str(settings)]
 
 
 def _named(daemon: FusesnapDaemon, client: Containerd, image: str) -> list[str]:

@@ -191,5 +191,4 @@ def kubelet(node: Node, *, images: Path | None = None) -> Iterator[Kubelet]:
 
 def cri_pull(node: Node, reference: str) -> None:
     """Have an image pulled as a kubelet does."""
-    with kubelet(node) as asking:
-        asking.pull(reference)
+    node.containerd.cri_pull(reference, timeout=PULL)

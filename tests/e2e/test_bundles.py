@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -16,14 +16,15 @@ from testbed.binary_cache import (
     http_cache,
     publish_cache,
 )
-from testbed.containerd import Containerd, containerd
+from testbed.containerd import containerd
 from testbed.fusesnap_daemon import PROGRAM, FusesnapDaemon, Source, fusesnap_daemon
+from testbed.image_endpoint import image_endpoint
 from testbed.images import Layer, NixLayerManner, write_image
 from testbed.nix_store import NixStore, image_path
 from testbed.processes import run
 from testbed.synthetic import SimpleClosure
 
-from .conftest import NodeMaker, Publish
+from .conftest import Node, NodeMaker, Publish
 
 NixLayers = Callable[..., Layer]
 
@@ -81,6 +82,16 @@ def asked(cache: HttpCache, *beginnings: str) -> list[str]:
     return [each.path for each in cache.requests() if each.path.startswith(beginnings)]
 
 
+def recorded(
+    first: Node, layers: Sequence[Layer], script: str, directory: Path
+) -> tuple[str, str, Path]:
+    """A start on a node that has nothing: the image's reference, what the container said, and the trace of it."""
+    reference, trace = first.pull(layers), directory / "trace"
+    said = first.containerd.run(reference, "one", "/bin/sh", "-c", script)
+    run([PROGRAM, "trace", "export", "busybox", "-o", trace, "--state", first.daemon.state])
+    return reference, said, trace
+
+
 def test_one_request_carries_a_start_and_a_damaged_one_is_told_and_done_without(
     make_node: NodeMaker,
     cache: HttpCache,
@@ -95,11 +106,8 @@ def test_one_request_carries_a_start_and_a_damaged_one_is_told_and_done_without(
     work: Path,
     tmp_path: Path,
 ) -> None:
-    first = make_node(cache.url)
-    reference = first.pull([base_layer, nix_layers()])
-    said = first.containerd.run(reference, "one", "/bin/sh", "-c", script)
-    trace = tmp_path / "trace"
-    run([PROGRAM, "trace", "export", "busybox", "-o", trace, "--state", first.daemon.state])
+    layers = [base_layer, nix_layers()]
+    reference, said, trace = recorded(make_node(cache.url), layers, script, tmp_path)
     target = ("--from", nix_store.directory, "--to", files.directory)
     options = (*target, "--secret-key-file", key.secret_file, "--closure", "--trace", trace)
     done = publish(*options, simple.root)
@@ -136,17 +144,13 @@ def test_one_request_carries_the_start_of_an_image_that_only_its_store_path_name
     image = image_path(nix_store, archive, simple.root)
     files = publish_cache(nix_store, [image], tmp_path / "cache", key)
     with http_cache(files, tmp_path / "cache-nginx") as cache:
-        first = make_node(cache.url)
-        reference = first.pull(layers)
-        said = first.containerd.run(reference, "one", "/bin/sh", "-c", script)
-        trace = tmp_path / "trace"
-        place: tuple[str | Path, ...] = ("-o", trace, "--state", first.daemon.state)
-        run([PROGRAM, "trace", "export", "busybox", *place])
+        _, said, trace = recorded(make_node(cache.url), layers, script, tmp_path)
         target = ("--from", nix_store.directory, "--to", files.directory, "--trace", trace)
         done = publish(*target, "--secret-key-file", key.secret_file, "--closure", image)
         assert done.returncode == 0, done.stderr
 
-        with kubelet_start(work / "a", Source([cache.url], [key.public])) as (daemon, client):
+        (work / "a").mkdir()
+        with image_endpoint(work / "a", Source([cache.url], [key.public])) as (daemon, client):
             cache.clear_requests()
             daemon.pull(f"nix:0{image}")
             # What caches say of themselves is asked for beside it, once a week.
@@ -155,17 +159,3 @@ def test_one_request_carries_the_start_of_an_image_that_only_its_store_path_name
             assert again == said
             assert [each for each in asked(cache, "/") if each.endswith(".narinfo")] == []
             assert daemon.status()["errors"] == []
-
-
-@contextlib.contextmanager
-def kubelet_start(directory: Path, source: Source) -> Iterator[tuple[FusesnapDaemon, Containerd]]:
-    """A node that has nothing, and that pulls images as a kubelet has them pulled."""
-    directory.mkdir()
-    settings = directory / "fusesnap.toml"
-    settings.write_text(f'containerd-address = "{directory}/c/containerd.sock"\n')
-    options = ["--config", str(settings)]
-    with (
-        fusesnap_daemon(directory / "s", source=source, options=options) as daemon,
-        containerd(directory / "c", proxy=daemon.address, cri=True) as client,
-    ):
-        yield daemon, client

@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import grpc
 import pytest
 from testbed.binary_cache import CacheFiles, SigningKey, http_cache
 from testbed.containerd import Containerd, end_containers
@@ -314,15 +313,6 @@ def test_layers_are_not_to_be_unpacked_without_their_parents(patient: Patient) -
     assert "capabilities" not in patient.examined()
 
 
-def cri_pull(address: Path, reference: str) -> None:
-    """runtime.v1.ImageService/PullImage with ``image`` (1) as ImageSpec, whose ``image`` (1) is the reference."""
-    name = reference.encode()
-    image = b"\x0a" + bytes([len(name)]) + name
-    with grpc.insecure_channel(f"unix:{address}") as channel:
-        pull = channel.unary_unary("/runtime.v1.ImageService/PullImage", bytes, bytes)
-        pull(b"\x0a" + bytes([len(image)]) + image, timeout=60)
-
-
 def test_it_pulls_and_runs_lazily_as_kubernetes_and_as_ctr_do(
     patient: Patient,
     image_registry: Registry,
@@ -334,7 +324,7 @@ def test_it_pulls_and_runs_lazily_as_kubernetes_and_as_ctr_do(
     layers = [base_layer, nix_layers(NixLayerManner.PATHS)]
     archive = write_image(patient.work / "image.tar", layers, name="doctor:cri", command=[])
     pulled = image_registry.push(archive, f"doctor:{patient.work.name}")
-    cri_pull(containerd.address, pulled)
+    containerd.cri_pull(pulled)
     said = containerd.run(pulled, "one", f"{simple.root}/bin/echo", "by the kubelet's call")
     assert said == "by the kubelet's call\n"
     if containerd.release.major >= 2:

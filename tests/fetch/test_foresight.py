@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import trio
 
+from fusesnap.fetch.chunked_path import ChunkedPath
 from fusesnap.fetch.priority import Priority
 from fusesnap.fetch.read_ahead import LEAST_REACH
 from fusesnap.nix.closure_digest import ClosureDigest
@@ -18,6 +19,7 @@ from .lazy_node import (
     OTHER_BIG,
     TREE,
     MakeNode,
+    Node,
     bytes_asked,
     node_with,
     read,
@@ -64,15 +66,21 @@ async def test_what_a_trace_foresees_is_there_when_it_is_asked_for(
     assert len(cache.parts) == asked
 
 
-async def test_a_path_that_is_completed_while_a_part_of_it_comes_does_not_come_twice(
-    cache: MemorySubstituter, make_node: MakeNode
-) -> None:
-    path = put(cache, published("lazy", TREE))
+async def guessing(make_node: MakeNode, path: PublishedPath) -> tuple[Node, ChunkedPath]:
+    """A process that has asked for a whole file, of which nobody has said that it is needed."""
     node = await node_with(make_node, path)
     chunked = await node.chunked.find(path.path)
     assert chunked is not None
     entry = next(e for e in path.index.tree.entries if e.name == b"other")
     await node.contents.want_file(path.path, entry)
+    return node, chunked
+
+
+async def test_a_path_that_is_completed_while_a_part_of_it_comes_does_not_come_twice(
+    cache: MemorySubstituter, make_node: MakeNode
+) -> None:
+    path = put(cache, published("lazy", TREE))
+    node, chunked = await guessing(make_node, path)
     assert chunked.is_empty  # nothing has come of it
     await node.realiser.realise(path.path, priority=Priority.COMPLETION)
     assert node.store.is_committed(path.path)
@@ -84,11 +92,7 @@ async def test_a_trace_ends_what_was_guessed_before(
     cache: MemorySubstituter, make_node: MakeNode
 ) -> None:
     path = put(cache, published("lazy", TREE))
-    node = await node_with(make_node, path)
-    chunked = await node.chunked.find(path.path)
-    assert chunked is not None
-    entry = next(e for e in path.index.tree.entries if e.name == b"other")
-    await node.contents.want_file(path.path, entry)
+    node, chunked = await guessing(make_node, path)
     node.contents.foresee(trace_of(path, (b"other", 50 * CHUNK, CHUNK)))
     await until(lambda: chunked.is_foreseen)
     await until(lambda: chunked.is_idle)

@@ -1,0 +1,32 @@
+"""A machine whose kubelet would ask fusesnap for images."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+from testbed.containerd import Containerd, containerd
+from testbed.fusesnap_daemon import FusesnapDaemon, Source, fusesnap_daemon
+
+
+@contextlib.contextmanager
+def image_endpoint(
+    directory: Path, source: Source, *, complete: bool = False
+) -> Iterator[tuple[FusesnapDaemon, Containerd]]:
+    """A daemon that pulls into a containerd of its own, below ``directory``; ``complete`` as for the daemon."""
+    options = knowing_containerd(directory)
+    with (
+        fusesnap_daemon(
+            directory / "s", source=source, options=options, complete=complete
+        ) as daemon,
+        containerd(directory / "c", proxy=daemon.address, cri=True) as client,
+    ):
+        yield daemon, client
+
+
+def knowing_containerd(directory: Path) -> list[str]:
+    """Options of a daemon that is told where its containerd will be: in ``c`` below ``directory``."""
+    settings = directory / "fusesnap.toml"
+    settings.write_text(f'containerd-address = "{directory}/c/containerd.sock"\n')
+    return ["--config", str(settings)]
