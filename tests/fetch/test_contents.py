@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable
 from dataclasses import replace
 
+import pytest
 import trio
 
 from fusesnap.fetch.contents import UNUSED
@@ -18,6 +20,8 @@ from fusesnap.fetch.events import (
     TransferBegun,
 )
 from fusesnap.fetch.priority import Priority
+from fusesnap.nix.chunk_table import Chunk
+from fusesnap.store.partial_nars import PartialNar
 from fusesnap.store.room import StoreLimits
 from fusesnap.substituter.memory import MemorySubstituter
 
@@ -256,7 +260,7 @@ async def test_a_path_that_nobody_reads_is_closed_and_collected_and_read_again(
 
 
 async def test_what_is_being_written_is_not_closed(
-    cache: MemorySubstituter, make_node: MakeNode
+    cache: MemorySubstituter, make_node: MakeNode, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A descriptor that is closed while a thread writes to it may be another file's by then."""
     path = put(cache, published("lazy", TREE))
@@ -264,10 +268,24 @@ async def test_what_is_being_written_is_not_closed(
     await node.contents.tree(path.path)
     chunked = await node.chunked.find(path.path)
     assert chunked is not None
+    writing, may_write, write = threading.Event(), threading.Event(), PartialNar.write
+    written: list[int] = []
+
+    def held(partial: PartialNar, chunk: Chunk, data: bytes) -> None:
+        writing.set()
+        assert may_write.wait(30)
+        write(partial, chunk, data)
+        written.append(chunk.number)
+
+    monkeypatch.setattr(PartialNar, "write", held)
     async with trio.open_nursery() as nursery:
         nursery.start_soon(chunked.read, path.chunk_of(b"big").start, 10)
-        await until(lambda: not chunked.is_idle)
-        await node.chunked.committed(path.path)
-        assert not chunked.is_idle
+        try:
+            await until(writing.is_set)
+            await node.chunked.committed(path.path)
+            assert not chunked.is_idle
+        finally:
+            may_write.set()
     await until(lambda: chunked.is_idle)
+    assert written
     assert await chunked.read(0, 10) is None
