@@ -59,7 +59,7 @@ class Fetch(BaseModel):
         16, ge=1, le=256, description="connections to one cache for NARs, at most"
     )
     bandwidth: int = Field(
-        0, ge=0, description="bytes a second of NARs that all caches together may send; 0: no limit"
+        0, ge=0, description="bytes a second that all caches together may send; 0: no limit"
     )
     complete: bool = Field(
         True,

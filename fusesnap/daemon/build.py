@@ -26,6 +26,7 @@ from fusesnap.daemon.telemetry.recorder import Recorder
 from fusesnap.daemon.telemetry.spans import open_spans
 from fusesnap.daemon.unpackers import make_root, unpack_command
 from fusesnap.errors import FusesnapError
+from fusesnap.fetch.bandwidth import Bandwidth
 from fusesnap.fetch.builder import Builder, CommandBuilder
 from fusesnap.fetch.bundles import Bundles
 from fusesnap.fetch.chunked_paths import ChunkedPaths
@@ -45,6 +46,7 @@ from fusesnap.store.local_store import LocalStore
 from fusesnap.store.partial_nars import PartialNars
 from fusesnap.store.room import Room, StoreLimits
 from fusesnap.substituter.addresses import parse_cache_url
+from fusesnap.substituter.base import Meter, unmetered
 from fusesnap.substituter.client import make_client, open_substituter, tls_context
 from fusesnap.substituter.credentials import Secrets
 from fusesnap.substituter.http import Timeouts
@@ -157,9 +159,16 @@ def open_client(
 
 
 async def open_pool(
-    settings: Settings, store_dir: StoreDir, authorities: Authorities, stack: AsyncExitStack
+    settings: Settings,
+    store_dir: StoreDir,
+    authorities: Authorities,
+    stack: AsyncExitStack,
+    meter: Meter = unmetered,
 ) -> SubstituterPool:
-    """The substituters that the settings name; what they hold is closed with ``stack``."""
+    """The substituters that the settings name; what they hold is closed with ``stack``.
+
+    ``meter`` is told of all bytes that come but NARs', which have their own way over a link.
+    """
     lookups = open_client(settings, authorities.lookups, http2=True, connections=LOOKUP_CONNECTIONS)
     # The link sees to it that none has more than its own, and as many that are held.
     connections = 2 * settings.fetch.connections * max(1, len(settings.substituters))
@@ -178,6 +187,7 @@ async def open_pool(
                 store_dir=store_dir,
                 timeouts=timeouts(settings),
                 secrets=told,
+                meter=meter,
             )
             for url in settings.substituters
         ],
@@ -190,6 +200,7 @@ async def open_pool(
         patience=Patience(
             settings.fetch.stall_timeout * BEFORE_READERS, settings.fetch.min_rate, PACE_WINDOW
         ),
+        meter=meter,
     )
 
 
@@ -264,14 +275,16 @@ async def open_node(
     async with AsyncExitStack() as stack:
         stack.callback(store.close)
         store.room.keep_to(StoreLimits(settings.store.max_size, settings.store.min_free))
-        pool = await open_pool(
-            settings, store_dir, authorities or Authorities.load(settings), stack
-        )
+        authorities = authorities or Authorities.load(settings)
+        bandwidth = Bandwidth(settings.fetch.bandwidth)
+        pool = await open_pool(settings, store_dir, authorities, stack, bandwidth.owe)
         telemetry = await stack.enter_async_context(open_telemetry(settings, process).running())
         telemetry.watch(lambda: totals_of(pool, store.room))
         nursery = await stack.enter_async_context(trio.open_nursery())
         try:
-            yield await assembled(settings, store, pool, telemetry, nursery, linger, unpackers)
+            yield await assembled(
+                settings, store, pool, bandwidth, telemetry, nursery, linger, unpackers
+            )
         finally:
             nursery.cancel_scope.cancel()
 
@@ -280,6 +293,7 @@ async def assembled(
     settings: Settings,
     store: LocalStore,
     pool: SubstituterPool,
+    bandwidth: Bandwidth,
     telemetry: Telemetry,
     nursery: trio.Nursery,
     linger: float,
@@ -287,7 +301,7 @@ async def assembled(
 ) -> Node:
     """What fetches from ``pool`` into ``store``, in tasks of ``nursery``. See :func:`open_node`."""
     fetch = settings.fetch
-    link = open_link(nursery, LinkLimits(fetch.transfers, fetch.connections), fetch.bandwidth)
+    link = open_link(nursery, LinkLimits(fetch.transfers, fetch.connections), bandwidth)
     command, threads = unpack_command(settings, linger), ThreadUnpackers(store)
     unpackers = UnpackProcesses(command, fetch.unpackers, nursery, threads, started)
     chunked = await open_chunked_paths(settings, store, pool, link, nursery, telemetry.fetch)

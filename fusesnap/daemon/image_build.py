@@ -96,7 +96,7 @@ class _Builder:
         if order.realise:
             await self._realise(closure)
         links = Links(frozenset(closure), self._tree, node.store_dir)
-        finder = KindFinder(node.store, node.pool, node.realiser)
+        finder = KindFinder(node.store, node.pool, node.realiser, node.link.pay)
         kinds = await placeholder_kinds(await finder.roots(closure), links)
         trees = {path: await self._tree(path) for path in copied}
         async with AsyncExitStack() as stack:

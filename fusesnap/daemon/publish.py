@@ -25,6 +25,7 @@ from fusesnap.daemon.build import (
     trusted_keys,
 )
 from fusesnap.errors import InvalidConfiguration, InvalidData, StorageFailure
+from fusesnap.fetch.bandwidth import Bandwidth
 from fusesnap.nix.closure_digest import ClosureDigest
 from fusesnap.nix.narinfo import NarInfo
 from fusesnap.nix.signature import PublicKey, SecretKey, TrustedKeys
@@ -185,9 +186,10 @@ async def _open_source(settings: Settings, text: str) -> AsyncIterator[Source]:
     async with AsyncExitStack() as stack:
         # Narinfos are asked for once; what is remembered of them goes with the run.
         own = settings.model_copy(update={"root": _spool(stack), "substituters": [text]})
-        pool = await open_pool(own, StoreDir(own.store_dir), Authorities.load(own), stack)
+        store_dir, bandwidth = StoreDir(own.store_dir), Bandwidth(own.fetch.bandwidth)
+        pool = await open_pool(own, store_dir, Authorities.load(own), stack, bandwidth.owe)
         nursery = await stack.enter_async_context(trio.open_nursery())
-        yield CacheSource(pool, nursery)
+        yield CacheSource(pool, nursery, bandwidth.pay)
         nursery.cancel_scope.cancel()
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import AsyncIterator, Iterable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from contextlib import AbstractAsyncContextManager, suppress
 from dataclasses import dataclass
 from typing import Final
@@ -46,12 +46,19 @@ class Root:
 
 
 class KindFinder:
-    """Asks the store first, then the caches."""
+    """Asks the store first, then the caches. ``pay`` is called for so many bytes, and returns when more may come."""
 
-    def __init__(self, store: LocalStore, pool: SubstituterPool, realiser: Realiser) -> None:
+    def __init__(
+        self,
+        store: LocalStore,
+        pool: SubstituterPool,
+        realiser: Realiser,
+        pay: Callable[[int], Awaitable[None]],
+    ) -> None:
         self._store = store
         self._pool = pool
         self._realiser = realiser
+        self._pay = pay
 
     async def roots(self, paths: Iterable[StorePath]) -> Mapping[StorePath, Root]:
         """Say what each path is. Raises ClosureUnavailable with one error a path that cannot be had."""
@@ -98,26 +105,26 @@ class KindFinder:
         info = offer.narinfo
         if info.file_size is not None and info.file_size > _PART:
             with suppress(PartsUnsupported):
-                root = await _read(info, offer.substituter.part(info, 0, _PART))
+                root = await self._read(info, offer.substituter.part(info, 0, _PART))
                 if root is not None:
                     return root
-        root = await _read(info, offer.substituter.nar(info))
+        root = await self._read(info, offer.substituter.nar(info))
         if root is None:
             raise InvalidData(f"{path}: its NAR ends before it begins")
         return root
 
-
-async def _read(
-    info: NarInfo, opening: AbstractAsyncContextManager[AsyncIterator[bytes]]
-) -> Root | None:
-    """Read a NAR's file, or the beginning of it, as far as its first object; None where that does not come."""
-    reader = _Reader(info)
-    async with opening as pieces:
-        async for piece in pieces:
-            root = reader.receive(piece)
-            if root is not None:
-                return root
-    return None
+    async def _read(
+        self, info: NarInfo, opening: AbstractAsyncContextManager[AsyncIterator[bytes]]
+    ) -> Root | None:
+        """Read a NAR's file, or the beginning of it, as far as its first object; None where that does not come."""
+        reader = _Reader(info)
+        async with opening as pieces:
+            async for piece in pieces:
+                await self._pay(len(piece))
+                root = reader.receive(piece)
+                if root is not None:
+                    return root
+        return None
 
 
 class _Reader:

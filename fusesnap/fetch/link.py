@@ -96,6 +96,10 @@ class Link:
         self._scheduler.received(load, count, now)
         if first or now - self._decided >= NOT_SOONER:
             self.decide()
+        await self.pay(count)
+
+    async def pay(self, count: int) -> None:
+        """So many bytes came, also by another way than a passage; returns when more may be read."""
         await self._bandwidth.pay(count)
 
     def fed(self, load: Load, waited: float, took: float) -> None:
@@ -111,9 +115,11 @@ class Link:
             self._watching = False
 
 
-def open_link(nursery: trio.Nursery, limits: LinkLimits | None = None, bandwidth: int = 0) -> Link:
-    """A link within ``limits``, of ``bandwidth`` bytes a second, if that is not 0."""
-    return Link(Scheduler(limits or LinkLimits()), Bandwidth(bandwidth), nursery)
+def open_link(
+    nursery: trio.Nursery, limits: LinkLimits | None = None, bandwidth: Bandwidth | None = None
+) -> Link:
+    """A link within ``limits``, and within ``bandwidth``, which others may owe something too."""
+    return Link(Scheduler(limits or LinkLimits()), bandwidth or Bandwidth(0), nursery)
 
 
 class Passage:

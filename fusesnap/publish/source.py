@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -85,10 +85,13 @@ class StoreSource:
 class CacheSource:
     """Another binary cache, whose paths must be signed by a key that is trusted."""
 
-    def __init__(self, pool: SubstituterPool, nursery: trio.Nursery) -> None:
-        """``nursery`` holds the downloads."""
+    def __init__(
+        self, pool: SubstituterPool, nursery: trio.Nursery, pay: Callable[[int], Awaitable[None]]
+    ) -> None:
+        """``nursery`` holds the downloads; ``pay`` is called for so many bytes, and returns when more may come."""
         self._pool = pool
         self._nursery = nursery
+        self._pay = pay
         self._offers: dict[StorePath, Offer] = {}
 
     async def info(self, path: StorePath) -> NarInfo:
@@ -118,6 +121,7 @@ class CacheSource:
                 try:
                     async with offer.substituter.nar(offer.narinfo) as pieces:
                         async for piece in pieces:
+                            await self._pay(len(piece))
                             await send.send(piece)
                 except Exception as error:  # noqa: BLE001 - it is raised where the bytes are read
                     await send.send(error)

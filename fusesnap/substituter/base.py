@@ -20,10 +20,10 @@ priority
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
-from typing import Final, Protocol
+from typing import Final, Protocol, TypeAlias
 
 from fusesnap.nix.cache_info import CacheInfo
 from fusesnap.nix.narinfo import NarInfo
@@ -65,6 +65,13 @@ class StoredFile(Protocol):
     @property
     def nar_size(self) -> int:
         """Bytes that it unfolds to at most: what bounds its size."""
+
+
+Meter: TypeAlias = Callable[[int], None]
+
+
+def unmetered(_: int) -> None:
+    """Nobody counts the bytes."""
 
 
 class Substituter(Protocol):

@@ -11,6 +11,7 @@ import trio
 
 from fusesnap.errors import InvalidData
 from fusesnap.nix.compression import Decompressor, decompressor
+from fusesnap.substituter.base import Meter, unmetered
 from fusesnap.substituter.transport import translated
 
 # The body of a refusal is a page for people. Up to here it is read, which keeps the connection;
@@ -18,11 +19,15 @@ from fusesnap.substituter.transport import translated
 _DISREGARDED: Final = 16 * 1024
 
 
-async def disregard(response: httpx.Response) -> None:
-    """Be done with a response; a short body is read, so that its connection can be used again."""
+async def disregard(response: httpx.Response, meter: Meter = unmetered) -> None:
+    """Be done with a response; a short body is read, so that its connection can be used again.
+
+    ``meter`` is told how many bytes come, here and below.
+    """
     read = 0
     async with _raw(response) as pieces:
         async for piece in pieces:
+            meter(len(piece))
             read += len(piece)
             if read > _DISREGARDED:
                 return
@@ -40,7 +45,9 @@ async def pieces_of(where: str, response: httpx.Response, stall: float) -> Async
             yield piece
 
 
-async def read_body(where: str, response: httpx.Response, limit: int) -> bytes:
+async def read_body(
+    where: str, response: httpx.Response, limit: int, meter: Meter = unmetered
+) -> bytes:
     """Read a body of up to ``limit`` bytes, without its transport encoding; raises InvalidData.
 
     A cache may hold narinfos compressed, and send them so whatever was asked for (Nix's setting
@@ -50,14 +57,17 @@ async def read_body(where: str, response: httpx.Response, limit: int) -> bytes:
     try:
         decoder = decompressor("none" if encoding == "identity" else encoding)
         async with _raw(response) as pieces:
-            return await _decoded(pieces, decoder, limit)
+            return await _decoded(pieces, decoder, limit, meter)
     except InvalidData as error:
         raise InvalidData(f"{where}: {error}") from error
 
 
-async def _decoded(pieces: AsyncIterator[bytes], decoder: Decompressor, limit: int) -> bytes:
+async def _decoded(
+    pieces: AsyncIterator[bytes], decoder: Decompressor, limit: int, meter: Meter
+) -> bytes:
     body = bytearray()
     async for piece in pieces:
+        meter(len(piece))
         for part in decoder.decompress(piece):
             body += part
             if len(body) > limit:

@@ -14,7 +14,7 @@ import httpx
 from fusesnap.errors import InvalidConfiguration
 from fusesnap.nix.store_path import StoreDir
 from fusesnap.substituter.addresses import parse_cache_url
-from fusesnap.substituter.base import DEFAULT_STORE_DIR, Substituter
+from fusesnap.substituter.base import DEFAULT_STORE_DIR, Meter, Substituter, unmetered
 from fusesnap.substituter.credentials import Secrets
 from fusesnap.substituter.file import FileSubstituter
 from fusesnap.substituter.http import DEFAULT_TIMEOUTS, HttpSubstituter, Timeouts
@@ -83,10 +83,11 @@ def open_substituter(
     retry: RetryPolicy = DEFAULT_RETRIES,
     timeouts: Timeouts = DEFAULT_TIMEOUTS,
     secrets: Secrets | None = None,
+    meter: Meter = unmetered,
 ) -> Substituter:
     """Make the substituter for a URL of any scheme that is known; raises InvalidConfiguration."""
     if parse_cache_url(url).scheme == "file":
-        return FileSubstituter(url, store_dir=store_dir)
+        return FileSubstituter(url, store_dir=store_dir, meter=meter)
     return HttpSubstituter(
         url,
         client,
@@ -95,6 +96,7 @@ def open_substituter(
         retry=retry,
         timeouts=timeouts,
         secrets=secrets,
+        meter=meter,
     )
 
 

@@ -23,7 +23,14 @@ from fusesnap.substituter.answers import (
     read_cache_info,
     read_narinfo,
 )
-from fusesnap.substituter.base import CACHE_INFO_NAME, DEFAULT_STORE_DIR, Bookmark, StoredFile
+from fusesnap.substituter.base import (
+    CACHE_INFO_NAME,
+    DEFAULT_STORE_DIR,
+    Bookmark,
+    Meter,
+    StoredFile,
+    unmetered,
+)
 from fusesnap.substituter.retry import Refusal, Retries
 
 _PIECE: Final = 256 * 1024
@@ -33,7 +40,8 @@ class FileSubstituter:
     """A binary cache at a ``file`` URL.
 
     Names of files are taken as they are in narinfos, without decoding, and must stay in the
-    directory. A file system that does not answer holds a thread until it does.
+    directory. A file system that does not answer holds a thread until it does. ``meter`` is told of
+    what is read whole, as by :class:`~.http.HttpSubstituter`.
     """
 
     def __init__(
@@ -41,10 +49,12 @@ class FileSubstituter:
         url: str,
         *,
         store_dir: StoreDir = DEFAULT_STORE_DIR,
+        meter: Meter = unmetered,
     ) -> None:
         self._address = parse_file_url(url)
         self._directory = Path(self._address.path)
         self._store_dir = store_dir
+        self._meter = meter
 
     @property
     def url(self) -> str:
@@ -99,7 +109,9 @@ class FileSubstituter:
             raise self._translate(where, error) from error
 
     async def _small_file(self, name: str, limit: int) -> bytes:
-        return await trio.to_thread.run_sync(self._read_small, name, limit)
+        data = await trio.to_thread.run_sync(self._read_small, name, limit)
+        self._meter(len(data))
+        return data
 
     def _read_small(self, name: str, limit: int) -> bytes:
         try:

@@ -22,7 +22,14 @@ from fusesnap.substituter.answers import (
     read_cache_info,
     read_narinfo,
 )
-from fusesnap.substituter.base import CACHE_INFO_NAME, DEFAULT_STORE_DIR, Bookmark, StoredFile
+from fusesnap.substituter.base import (
+    CACHE_INFO_NAME,
+    DEFAULT_STORE_DIR,
+    Bookmark,
+    Meter,
+    StoredFile,
+    unmetered,
+)
 from fusesnap.substituter.body import disregard, pieces_of, read_body
 from fusesnap.substituter.credentials import Secrets
 from fusesnap.substituter.part import PartTransfer
@@ -81,7 +88,8 @@ class HttpSubstituter:
     sending a NAR that nobody reads any more, and once 16 MiB were sent so, the connection is stuck
     for everybody. ``retry`` is for NARs, which can be continued where they broke, if who asks for
     one brings no rule of his own; who asks for narinfos asks again himself, or another cache.
-    Neither client is closed here.
+    Neither client is closed here. ``meter`` is told of every byte of a body that is no part of a NAR's or a stream's:
+    those are counted by whoever reads them.
     """
 
     def __init__(
@@ -94,6 +102,7 @@ class HttpSubstituter:
         retry: RetryPolicy = DEFAULT_RETRIES,
         timeouts: Timeouts = DEFAULT_TIMEOUTS,
         secrets: Secrets | None = None,
+        meter: Meter = unmetered,
     ) -> None:
         self._address = parse_http_url(url)
         self._client = client
@@ -101,6 +110,7 @@ class HttpSubstituter:
         self._store_dir = store_dir
         self._retry = retry
         self._timeouts = timeouts
+        self._meter = meter
         self._credentials = (secrets or Secrets()).of(self._address)
         # httpx looks through all headers for each that it is asked for.
         self._common = {each: dict(each.headers) for each in (client, self._transfers)}
@@ -175,9 +185,9 @@ class HttpSubstituter:
             if error is None and response.status_code != HTTPStatus.OK:
                 error = Refusal(f"{self.url}: status {response.status_code}, expected 200")
             if error is not None:
-                await disregard(response)
+                await disregard(response, self._meter)
                 raise error
-            return await read_body(f"{self.url}: {name}", response, limit)
+            return await read_body(f"{self.url}: {name}", response, limit, self._meter)
 
     async def _file(
         self, info: StoredFile, transfer: Transfer | PartTransfer, retries: Retries
@@ -246,7 +256,7 @@ class HttpSubstituter:
             if response.next_request is None:
                 return response
             request = response.next_request
-            await disregard(response)
+            await disregard(response, self._meter)
         raise httpx.TooManyRedirects(f"more than {MAX_REDIRECTS} redirects", request=request)
 
     async def _send_once(self, client: httpx.AsyncClient, request: httpx.Request) -> httpx.Response:
@@ -270,12 +280,12 @@ class HttpSubstituter:
         one file, has its own reasons.
         """
         if await self._credentials.renewed(response):
-            await disregard(response)
+            await disregard(response, self._meter)
             response = await self._send_once(client, response.request)
         status = HTTPStatus(response.status_code)
         forbidden = status == HTTPStatus.FORBIDDEN and not self._credentials.are_accepted(response)
         if status == HTTPStatus.UNAUTHORIZED or forbidden:
-            await disregard(response)
+            await disregard(response, self._meter)
             said = f"{status.value} {status.phrase.lower()}"
             why = self._credentials.explanation(response.request.url)
             raise Refusal(f"{self.url}: {said}: {why}")

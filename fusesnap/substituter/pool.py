@@ -22,7 +22,7 @@ from fusesnap.nix.narinfo import NarInfo
 from fusesnap.nix.signature import TrustedKeys
 from fusesnap.nix.store_path import HashPart, StoreDir, StorePath
 from fusesnap.nix.trust import check_trust
-from fusesnap.substituter.base import Bookmark, Substituter
+from fusesnap.substituter.base import Bookmark, Meter, Substituter, unmetered
 from fusesnap.substituter.breaker import DEFAULT_BREAKER, BreakerPolicy
 from fusesnap.substituter.lookup import Lookup
 from fusesnap.substituter.narinfo_cache import NarInfoCache
@@ -74,7 +74,8 @@ class SubstituterPool:
     ``retry`` says how often those caches are asked again that could not answer, when no other has
     the path. ``clock`` is a monotonic one in seconds, and ``failure_memory`` the time for which a
     cache that failed is asked last. ``breaker`` says when a cache is not asked at all, ``patience``
-    how long a NAR is waited for that breaks off or comes slowly.
+    how long a NAR is waited for that breaks off or comes slowly, ``meter`` is told what its own
+    requests bring.
     """
 
     def __init__(
@@ -90,6 +91,7 @@ class SubstituterPool:
         failure_memory: float = FAILURE_MEMORY,
         breaker: BreakerPolicy = DEFAULT_BREAKER,
         patience: Patience = DEFAULT_PATIENCE,
+        meter: Meter = unmetered,
     ) -> None:
         unique: dict[str, Substituter] = {}
         for substituter in substituters:
@@ -103,6 +105,7 @@ class SubstituterPool:
                 clock=clock,
                 failure_memory=failure_memory,
                 breaker=breaker,
+                meter=meter,
             )
             for order, substituter in enumerate(unique.values())
         ]

@@ -30,8 +30,10 @@ from fusesnap.substituter.base import (
     CACHE_INFO_NAME,
     DEFAULT_PRIORITY,
     Bookmark,
+    Meter,
     StoredFile,
     Substituter,
+    unmetered,
 )
 from fusesnap.substituter.breaker import DEFAULT_BREAKER, Breaker, BreakerPolicy, BreakerState
 from fusesnap.substituter.narinfo_cache import NarInfoCache
@@ -104,7 +106,7 @@ class WatchedSubstituter:
     """A cache that remembers how it fared. Its methods are those of :class:`~.base.Substituter`, but for NARs.
 
     ``order`` is its place among those of the same priority. ``clock`` is a monotonic one, in
-    seconds.
+    seconds. ``meter`` is told how many bytes come that nobody reads.
     """
 
     def __init__(
@@ -117,6 +119,7 @@ class WatchedSubstituter:
         clock: Callable[[], float],
         failure_memory: float = FAILURE_MEMORY,
         breaker: BreakerPolicy = DEFAULT_BREAKER,
+        meter: Meter = unmetered,
     ) -> None:
         self._substituter = substituter
         self._order = order
@@ -124,6 +127,7 @@ class WatchedSubstituter:
         self._narinfo_cache = narinfo_cache
         self._clock = clock
         self._failure_memory = failure_memory
+        self._meter = meter
         self._info: CacheInfo | None = None
         self._info_until = float("-inf")
         self._question: _Question | None = None
@@ -213,8 +217,8 @@ class WatchedSubstituter:
         """
         with suppress(FusesnapError):
             async with self._substituter.nar(_SmallFile(), _ONCE.start()) as pieces:
-                async for _ in pieces:
-                    pass
+                async for piece in pieces:
+                    self._meter(len(piece))
 
     async def narinfo(self, path: StorePath | HashPart) -> NarInfo:
         self.check_silence()

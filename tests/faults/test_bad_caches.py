@@ -21,11 +21,12 @@ from fusesnap.errors import (
     PathNotFound,
     Unavailable,
 )
+from fusesnap.fetch.bandwidth import Bandwidth
 from fusesnap.substituter.watched import CacheState
 
-from ..substituter.samples import CACHE_INFO, Sample
+from ..substituter.samples import CACHE_INFO, Sample, sample
 from ..substituter.scripted_server import Reply, ScriptedServer
-from .conftest import LARGE, SMALL, MakeNode
+from .conftest import LARGE, MANY, SMALL, MakeNode
 
 Start = Callable[..., object]
 
@@ -165,6 +166,34 @@ async def test_ways_of_serving(make_node: MakeNode, caches: BadCaches, manner: s
     if manner != "without-ranges":
         assert [request.status for request in caches.nars(manner)] == [302]
         assert len(caches.nars("good")) == 1
+
+
+class Bill(Bandwidth):
+    """Adds up what is to be paid for."""
+
+    count = 0
+
+    def owe(self, count: int) -> None:
+        self.count += count
+        super().owe(count)
+
+
+async def test_every_byte_that_a_cache_sends_counts(
+    make_node: MakeNode, caches: BadCaches, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bill = Bill(1 << 30)
+    monkeypatch.setattr("fusesnap.daemon.build.Bandwidth", {1 << 20: bill}.__getitem__)
+    async with make_node(caches.url("good"), fetch={"bandwidth": "1M"}) as node:
+        await node.pool.get_ready()
+        await realise(node)
+        await realise(node, LARGE)
+        for each in MANY:
+            await node.pool.find(each.path)
+        with pytest.raises(PathNotFound):
+            await node.pool.find(sample("not-there").path)
+    sent = [each.size for each in caches.requests("good")]
+    assert len(sent) > len(MANY)
+    assert bill.count == sum(sent)
 
 
 async def test_a_token_that_is_renewed(

@@ -43,8 +43,25 @@ def publish(cache: MemorySubstituter, name: str, tree: made.Tree) -> StorePath:
     return info.store_path
 
 
+class Paid:
+    """Counts bytes."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    async def __call__(self, count: int) -> None:
+        self.count += count
+
+
 @pytest.fixture
-def finder(make_realiser: MakeRealiser, store: LocalStore, cache: MemorySubstituter) -> KindFinder:
+def paid() -> Paid:
+    return Paid()
+
+
+@pytest.fixture
+def finder(
+    make_realiser: MakeRealiser, store: LocalStore, cache: MemorySubstituter, paid: Paid
+) -> KindFinder:
     pool = SubstituterPool(
         [cache],
         store_dir=StoreDir(),
@@ -53,7 +70,7 @@ def finder(make_realiser: MakeRealiser, store: LocalStore, cache: MemorySubstitu
         retry=RetryPolicy(attempts=1),
         deadline=10.0,
     )
-    return KindFinder(store, pool, make_realiser(cache))
+    return KindFinder(store, pool, make_realiser(cache), paid)
 
 
 @pytest.mark.parametrize("unpackers", ["threads"], indirect=True)
@@ -100,6 +117,15 @@ async def test_of_a_large_file_only_the_beginning_is_asked_for(
     assert asked == [(0, 160 * 1024)]
     assert cache.requests.count("nar/large.nar") == 1
     assert not store.is_committed(path)
+
+
+@pytest.mark.parametrize("unpackers", ["threads"], indirect=True)
+async def test_what_comes_is_paid_for(
+    finder: KindFinder, cache: MemorySubstituter, paid: Paid
+) -> None:
+    path = publish(cache, "large", {"file": random.Random(1).randbytes(100_000)})  # noqa: S311
+    await finder.roots([path])
+    assert paid.count == 64 * 1024  # the first piece says it
 
 
 @pytest.mark.parametrize("unpackers", ["threads"], indirect=True)

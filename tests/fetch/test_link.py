@@ -284,6 +284,30 @@ async def test_a_node_takes_no_more_than_it_may(
     assert max(node.done.values()) == pytest.approx(10, rel=0.1)
 
 
+async def test_what_is_owed_waits_for_nothing_and_what_comes_next_pays(
+    wire: Wire, nursery: trio.Nursery, autojump_clock: MockClock
+) -> None:
+    node = Node(wire, nursery, bandwidth=500_000)
+    node.fetch("path", 5_000_000, Priority.READER)
+    await trio.sleep(1)
+    began = trio.current_time()
+    for _ in range(1_000):  # narinfos, while the path has used up what there is
+        node.bandwidth.owe(1_000)
+    assert trio.current_time() == began
+    await node.all_done("path")
+    assert node.done["path"] == pytest.approx(12, rel=0.1)
+
+
+async def test_where_nothing_is_limited_nothing_is_owed(
+    wire: Wire, nursery: trio.Nursery, autojump_clock: MockClock
+) -> None:
+    node = Node(wire, nursery, bandwidth=0)
+    node.bandwidth.owe(1 << 40)
+    node.fetch("path", 2_500_000, Priority.READER)
+    await node.all_done("path")
+    assert node.done["path"] == pytest.approx(1, rel=0.1)
+
+
 async def test_who_is_cancelled_leaves_the_link_to_the_next(
     wire: Wire, node: Node, nursery: trio.Nursery, autojump_clock: MockClock
 ) -> None:

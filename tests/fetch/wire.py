@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import trio
 
 from fusesnap.errors import Unavailable
+from fusesnap.fetch.bandwidth import Bandwidth
 from fusesnap.fetch.link import Passage, Read, open_link
 from fusesnap.fetch.priority import Priority
 from fusesnap.fetch.scheduler import LinkLimits
@@ -97,7 +98,8 @@ class Node:
         bandwidth: int = 0,
     ) -> None:
         self.wire = wire
-        self.link = open_link(nursery, limits, bandwidth)
+        self.bandwidth = Bandwidth(bandwidth)
+        self.link = open_link(nursery, limits, self.bandwidth)
         self.done: dict[str, float] = {}
         self._one_done = trio.Event()
         self.resumed: dict[str, list[int]] = {}

@@ -10,6 +10,7 @@ import trio
 
 from fusesnap.daemon.build import leaves
 from fusesnap.errors import InvalidConfiguration, InvalidData, Unavailable, UntrustedPath
+from fusesnap.fetch.bandwidth import Bandwidth
 from fusesnap.nix.narinfo import NarInfo
 from fusesnap.nix.store_path import StoreDir
 from fusesnap.publish.destination import Destination, DirectoryDestination
@@ -37,7 +38,14 @@ def cache() -> MemorySubstituter:
 
 
 @pytest.fixture
-def cache_source(cache: MemorySubstituter, nursery: trio.Nursery) -> CacheSource:
+def bandwidth() -> Bandwidth:
+    return Bandwidth(0)
+
+
+@pytest.fixture
+def cache_source(
+    cache: MemorySubstituter, nursery: trio.Nursery, bandwidth: Bandwidth
+) -> CacheSource:
     pool = SubstituterPool(
         [cache],
         store_dir=StoreDir(),
@@ -46,7 +54,7 @@ def cache_source(cache: MemorySubstituter, nursery: trio.Nursery) -> CacheSource
         retry=RetryPolicy(attempts=1),
         deadline=10.0,
     )
-    return CacheSource(pool, nursery)
+    return CacheSource(pool, nursery, bandwidth.pay)
 
 
 async def test_a_store_gives_the_nar_that_its_database_tells_of(source: StoreSource) -> None:

@@ -14,6 +14,7 @@ from testbed.processes import free_port, listens, running
 
 from fusesnap.nix.signature import TrustedKeys
 from fusesnap.nix.store_path import StoreDir
+from fusesnap.substituter.base import Meter, unmetered
 from fusesnap.substituter.breaker import BreakerPolicy
 from fusesnap.substituter.client import make_client
 from fusesnap.substituter.http import HttpSubstituter, Timeouts
@@ -113,12 +114,15 @@ async def client(network: MemoryNetwork) -> AsyncIterator[httpx.AsyncClient]:
 def cache(client: httpx.AsyncClient) -> Callable[..., HttpSubstituter]:
     """Makes the substituter ``http://cache``, with times that are easily told apart."""
 
-    def make(url: str = "http://cache", *, attempts: int = 3) -> HttpSubstituter:
+    def make(
+        url: str = "http://cache", *, attempts: int = 3, meter: Meter = unmetered
+    ) -> HttpSubstituter:
         return HttpSubstituter(
             url,
             client,
             retry=RetryPolicy(attempts=attempts, random=lambda: 1.0),
             timeouts=Timeouts(connect=2, stall=5, lookup=8),
+            meter=meter,
         )
 
     return make

@@ -45,6 +45,17 @@ async def test_name_of_the_directory_is_decoded(tmp_path: Path) -> None:
     assert await cache.narinfo(published.path) == published.info
 
 
+async def test_what_is_read_whole_is_metered(tmp_path: Path) -> None:
+    published = sample()
+    publish(tmp_path, published)
+    came: list[int] = []
+    cache = FileSubstituter(f"file://{tmp_path}", meter=came.append)
+    assert await read(cache, published) == published.file
+    assert not came
+    await cache.narinfo(published.path)
+    assert came == [len(published.narinfo)]
+
+
 @pytest.mark.parametrize("kind", ["fifo", "directory"])
 async def test_what_is_not_a_regular_file_is_not_read(tmp_path: Path, kind: str) -> None:
     published = sample()

@@ -20,7 +20,7 @@ from fusesnap.errors import (
 from fusesnap.substituter.http import MAX_REDIRECTS
 from fusesnap.substituter.retry import Refusal, Throttled
 from tests.substituter.exchanges import BIG, NARINFO, MakeCache, failure, read
-from tests.substituter.samples import sample
+from tests.substituter.samples import CACHE_INFO, sample
 from tests.substituter.scripted_server import MemoryNetwork, Reply, ScriptedServer
 
 # Lookups
@@ -224,6 +224,47 @@ async def test_narinfo_in_an_encoding_that_nobody_knows(
     message = await failure(lambda: cache().narinfo(BIG.path), InvalidData)
     assert message.startswith(f"http://cache: {BIG.narinfo_name}: ")
     assert "rot13" in message
+
+
+# What came
+
+
+async def test_bodies_are_metered_as_they_were_sent(
+    server: ScriptedServer, cache: MakeCache
+) -> None:
+    packed = gzip.compress(BIG.narinfo)
+    server.on(NARINFO, Reply(302, b"moved", {"Location": "/other"}))
+    server.on("/other", Reply(200, packed, {"Content-Encoding": "gzip"}))
+    server.on("/nix-cache-info", Reply(200, CACHE_INFO))
+    server.on("/trace/some", Reply(200, b"a trace"))
+    server.on("/index", Reply(404, b"a page for people"))
+    came: list[int] = []
+    metered = cache(meter=came.append)
+    await metered.narinfo(BIG.path)
+    assert sum(came) == len(b"moved") + len(packed)
+    came.clear()
+    await metered.cache_info()
+    await metered.small_file("trace/some", 100)
+    assert sum(came) == len(CACHE_INFO) + len(b"a trace")
+    came.clear()
+    await failure(lambda: metered.small_file("index", 100), PathNotFound)
+    assert sum(came) == len(b"a page for people")
+
+
+async def test_what_is_lost_with_its_connection_came_too(
+    server: ScriptedServer, cache: MakeCache
+) -> None:
+    server.on(NARINFO, Reply(200, BIG.narinfo, stop_at=30), Reply(200, BIG.narinfo))
+    came: list[int] = []
+    await cache(meter=came.append).narinfo(BIG.path)
+    assert sum(came) == 30 + len(BIG.narinfo)
+
+
+async def test_a_nar_is_counted_by_who_reads_it(server: ScriptedServer, cache: MakeCache) -> None:
+    server.on(f"/{BIG.info.url}", Reply(200, BIG.file))
+    came: list[int] = []
+    assert await read(cache(meter=came.append), BIG.info) == BIG.file
+    assert not came
 
 
 # Redirects and addresses
