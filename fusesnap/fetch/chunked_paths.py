@@ -167,9 +167,11 @@ class ChunkedPaths:
 
     async def give_up(self, chunked: ChunkedPath, error: FusesnapError) -> None:
         """A chunk could not be had: fetch the path whole for a while. What was shown stays what it is."""
-        path = chunked.path
-        log.warning("%s: is fetched whole: %s", path, error)
-        self._whole_until[path] = trio.current_time() + WHOLE_FOR
+        path, now = chunked.path, trio.current_time()
+        # Of many who read at once each may meet with it.
+        level = logging.DEBUG if self._whole_until.get(path, 0.0) > now else logging.WARNING
+        log.log(level, "%s: is fetched whole: %s", path, error)
+        self._whole_until[path] = now + WHOLE_FOR
         await self._report(path, error)
         if self._open.get(path) is chunked:
             del self._open[path]

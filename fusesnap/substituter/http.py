@@ -36,6 +36,7 @@ from fusesnap.substituter.part import PartTransfer
 from fusesnap.substituter.retry import (
     DEFAULT_RETRIES,
     CannotContinue,
+    PartsUnsupported,
     Refusal,
     Retries,
     RetryPolicy,
@@ -201,6 +202,8 @@ class HttpSubstituter:
                     async for piece in pieces:
                         yield piece
                 transfer.end()
+            except PartsUnsupported:
+                raise  # it is no failure, and to ask again would bring the same
             except Unavailable as error:
                 await _pause(error, transfer, retries)
 

@@ -80,7 +80,13 @@ MANNERS: Final[Mapping[str, Manner]] = {
     "truncated": Manner(copy="truncated"),
     "corrupt": Manner(copy="corrupt"),
     "portal": Manner('add_header Content-Type text/html; return 200 "<html>log in</html>";'),
+    # Both answer 200, with the whole file, to a request for a part.
     "without-ranges": Manner(nars="max_ranges 0;"),
+    "claiming-ranges": Manner(nars="max_ranges 0; add_header Accept-Ranges bytes;"),
+    # As soon as the file is there: then a proxy is in front of it that knows no parts.
+    "losing-ranges": Manner(
+        nars="if (-f {work}/whole) {{ rewrite ^/losing-ranges/(.*)$ /without-ranges/$1 last; }}"
+    ),
     "redirecting": Manner("rewrite ^/redirecting/(.*)$ http://127.0.0.1:{port}/good/$1 redirect;"),
     "relative": Manner("absolute_redirect off; rewrite ^/relative/(.*)$ /good/$1 redirect;"),
     "circling": Manner(nars="rewrite ^(.*)$ http://127.0.0.1:{port}$1 redirect;"),
@@ -123,6 +129,7 @@ class BadCaches:
         self.proxy = f"http://127.0.0.1:{proxy}"
         self.tokens = work / "tokens"
         self.passwords = work / "passwords"
+        self.whole = work / "whole"
         self._scheme = scheme
         self._log = work / "requests.log"
         self._service = service

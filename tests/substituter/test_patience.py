@@ -17,7 +17,7 @@ from fusesnap.substituter.http import HttpSubstituter, Timeouts
 from fusesnap.substituter.narinfo_cache import NarInfoCache
 from fusesnap.substituter.patience import Pace, Patience, Traffic
 from fusesnap.substituter.pool import SubstituterPool
-from fusesnap.substituter.retry import RetryPolicy
+from fusesnap.substituter.retry import PartsUnsupported, RetryPolicy
 from tests.substituter.caches import read
 from tests.substituter.exchanges import BIG, NAR, NARINFO, rest
 from tests.substituter.samples import CACHE_INFO, TRUSTED
@@ -117,6 +117,21 @@ async def test_a_part_is_waited_for_in_the_same_way(
         f"bytes={start}-{end - 1}",
         f"bytes={start + HALF}-{end - 1}",
     ]
+
+
+async def test_a_cache_that_sends_files_whole_has_not_failed(
+    network: MemoryNetwork, pool_of: MakePool, autojump_clock: MockClock
+) -> None:
+    published(network, "cache")
+    pool = pool_of("cache")
+    offer = await pool.find(BIG.path)
+    for _ in range(10):  # as many readers at once would ask
+        with pytest.raises(PartsUnsupported):
+            async with offer.substituter.part(offer.narinfo, 10, 20) as pieces:
+                await anext(pieces)
+    (state,) = pool.states()
+    assert (state.breaker, state.failures, state.reachable) == (BreakerState.CLOSED, 0, True)
+    assert await read(offer) == BIG.file
 
 
 async def test_a_link_that_is_down_for_good_is_given_up_at_the_deadline_after_few_attempts(
