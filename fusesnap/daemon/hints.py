@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 Programs: TypeAlias = Sequence[Sequence[str]]
 # Whether a trace says by now what a start reads.
 IsForeseen: TypeAlias = Callable[[], Awaitable[bool]]
-# What a container above the snapshot of a name may run; see ``EntryPrograms``.
+# What a container above the snapshot of a name may run; see ``UnpackedImages``.
 FindPrograms: TypeAlias = Callable[[str], Awaitable[Programs]]
 
 
@@ -33,6 +33,7 @@ FindPrograms: TypeAlias = Callable[[str], Awaitable[Programs]]
 class HeardHints:
     """What the worker does about hints, in tasks of ``nursery``: it answers before it goes about it.
 
+    ``open`` is for when an image begins to be pulled, of which nothing is known.
     When ``bundled`` has looked for what a bundle tells of a closure, ``learn`` is told which paths may be fetched; and
     if it does not bring their start, ``get_ready`` too, and ``follow`` what they may run.
     """
@@ -43,6 +44,7 @@ class HeardHints:
     bundled: Callable[[ClosureDigest, frozenset[StorePath]], Awaitable[bool]]
     learn: Callable[[frozenset[StorePath]], object]
     follow: Callable[[frozenset[StorePath], Programs, IsForeseen], Awaitable[object]]
+    open: Callable[[], Awaitable[object]]
     nursery: trio.Nursery
 
     @property
@@ -50,6 +52,7 @@ class HeardHints:
         """For the control socket. Thousands of paths are read in a thread: readers wait for the loop."""
         return {
             "start": self._start,
+            "pull": self._pull,
             "foresee": self._foresee,
             "programs": self._programs,
             "end": self._end,
@@ -59,6 +62,10 @@ class HeardHints:
         start = await trio.to_thread.run_sync(self._start_in, question)
         self.nursery.start_soon(self.traces.begin, start)
         self.nursery.start_soon(self._learn_of, start.closure, start.paths, start.lazy)
+        return {}
+
+    async def _pull(self, question: Mapping[str, Any]) -> dict[str, Any]:
+        self.nursery.start_soon(self.open)
         return {}
 
     async def _foresee(self, question: Mapping[str, Any]) -> dict[str, Any]:
@@ -128,6 +135,10 @@ class HintedStarts:
         self._worker = worker
         self._nursery = nursery
         self._programs = programs
+
+    def pull_begins(self) -> None:
+        """Something is about to be pulled: perhaps an image of Nix packages."""
+        self._nursery.start_soon(self._hint, "pull", {})
 
     def begins(
         self, key: str, upper: Path, paths: frozenset[StorePath], lazy: frozenset[StorePath]

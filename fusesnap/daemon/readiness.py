@@ -1,4 +1,4 @@
-"""Opens the way to the caches while a container is still being made."""
+"""Opens the way to the caches while an image is still being pulled, or a container still being made."""
 
 from __future__ import annotations
 
@@ -29,6 +29,11 @@ class Readiness:
         if self._until > trio.current_time():
             return
         there = await trio.to_thread.run_sync(self._store.committed_among, paths)
-        if len(there) < len(paths) and self._until <= trio.current_time():
+        if len(there) < len(paths):
+            await self.open()
+
+    async def open(self) -> None:
+        """Caches may be asked soon, for what is not known yet."""
+        if self._until <= trio.current_time():
             self._until = trio.current_time() + OPEN_FOR
             await self._pool.get_ready()

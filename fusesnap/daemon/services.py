@@ -21,12 +21,13 @@ from fusesnap.daemon.build import Node, open_node, plain_errors
 from fusesnap.daemon.collector import Collector
 from fusesnap.daemon.completion import Completion
 from fusesnap.daemon.containerd_block import NAME
-from fusesnap.daemon.hints import FindPrograms, HintedStarts
+from fusesnap.daemon.hints import HintedStarts
 from fusesnap.daemon.lazy_layer import WorkerMount
 from fusesnap.daemon.logs import explained, log_to_stderr
 from fusesnap.daemon.path_source import HintingPathSource
 from fusesnap.daemon.prefetch import when_over
 from fusesnap.daemon.preload import Preload
+from fusesnap.daemon.readiness import Readiness
 from fusesnap.daemon.signals import stop_on_signal
 from fusesnap.daemon.telemetry.exposition import serve_metrics
 from fusesnap.daemon.telemetry.picture import gather
@@ -43,10 +44,11 @@ from fusesnap.services.containerd_calls import KUBERNETES, ContainerdCalls
 from fusesnap.services.containerd_client import find_snapshotter, open_channel
 from fusesnap.services.daemon_service import Call, daemon_service
 from fusesnap.services.diff_service import Differ, diff_service
-from fusesnap.services.entry_programs import EntryPrograms
-from fusesnap.services.image_service import image_service
+from fusesnap.services.image_service import PullBegins, image_service
 from fusesnap.services.nix_images import PulledImages
 from fusesnap.services.server import serve
+from fusesnap.services.unpacked_images import UnpackedImages
+from fusesnap.snapshots.announced import FindImage
 from fusesnap.snapshots.comparison import Comparer
 from fusesnap.snapshots.farms import Farms
 from fusesnap.snapshots.making_room import SnapshotsWithRoom
@@ -65,8 +67,9 @@ async def run(settings: Settings, ready: int) -> None:
         async with open_node(settings, process="services") as node, trio.open_nursery() as nursery:
             nursery.start_soon(stop_on_signal, nursery.cancel_scope)
             waits = WorkersWaits(settings.root / control.SOCKET_NAME)
-            programs = EntryPrograms(containerd).of if settings.fetch.starts_early else None
-            snapshotter = build_snapshotter(node, nursery, waits, programs)
+            known = UnpackedImages(containerd)
+            starts = build_starts(node, nursery, known)
+            snapshotter = build_snapshotter(node, nursery, waits, starts, known.announced)
             await snapshotter.recover()
             collector = Collector(
                 node.store, settings.store, snapshotter.cleanup, partial(count_evicted, node)
@@ -82,7 +85,7 @@ async def run(settings: Settings, ready: int) -> None:
             also = [
                 daemon_service(calls),
                 diff_service(build_differ(settings)),
-                image_service(images, containerd),
+                image_service(images, containerd, getting_ready(node, starts, nursery)),
             ]
             observed = observe(node, snapshotter, nursery)
             prompt = ObservedPrompt(snapshotter.prompt, observed, time.time, time.monotonic)
@@ -110,10 +113,32 @@ def count_evicted(node: Node, collected: Collected) -> None:
     node.telemetry.counters.add("fusesnap_evicted_bytes", collected.size)
 
 
+def build_starts(node: Node, nursery: trio.Nursery, images: UnpackedImages) -> HintedStarts:
+    """What tells the worker of starts; its hints live in ``nursery``."""
+    worker = node.settings.root.resolve() / control.SOCKET_NAME
+    programs = images.programs if node.settings.fetch.starts_early else None
+    return HintedStarts(node.store_dir, worker, nursery, programs)
+
+
+def getting_ready(node: Node, starts: HintedStarts, nursery: trio.Nursery) -> PullBegins:
+    """What opens the way to the caches, for the worker and for us, when an image begins to be pulled."""
+    readiness = Readiness(node.store, node.pool)
+
+    async def pull_begins() -> None:
+        starts.pull_begins()
+        nursery.start_soon(readiness.open)
+
+    return pull_begins
+
+
 def build_snapshotter(
-    node: Node, nursery: trio.Nursery, waits: WorkersWaits, programs: FindPrograms | None
+    node: Node,
+    nursery: trio.Nursery,
+    waits: WorkersWaits,
+    starts: HintedStarts,
+    find_image: FindImage,
 ) -> Snapshotter:
-    """The snapshotter of a node; its hints to the worker live in ``nursery``."""
+    """The snapshotter of a node; what it does beside calls lives in ``nursery``."""
     root = node.settings.root.resolve()
     return Snapshotter(
         root,
@@ -127,7 +152,8 @@ def build_snapshotter(
         recognise_by_content=node.settings.recognise_by_content,
         clock=time.time,
         release_readers=waits.release_for_removal,
-        starts=HintedStarts(node.store_dir, root / control.SOCKET_NAME, nursery, programs),
+        starts=starts,
+        find_image=find_image,
         nursery=nursery,
     )
 

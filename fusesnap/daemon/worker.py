@@ -146,13 +146,15 @@ async def answer(worker: Worker, ready: int) -> None:
 def heard_hints(worker: Worker, nursery: trio.Nursery) -> HeardHints:
     """What is done about starts that the services process tells of, in ``nursery``."""
     node = worker.node
+    readiness = Readiness(node.store, node.pool)
     return HeardHints(
         node.store_dir,
         worker.traces,
-        Readiness(node.store, node.pool).get_ready,
+        readiness.get_ready,
         partial(bundled, node.bundles),
         node.contents.learn,
         EntryProgram(node.store, node.contents, node.loader).follow,
+        readiness.open,
         nursery,
     )
 

@@ -185,8 +185,8 @@ def parse_index(data: bytes, name: str, media_type: str | None) -> Index:
     return Index(tuple(_descriptor(each, name) for each in index.manifests))
 
 
-def parse_manifest(data: bytes, name: str, media_type: str) -> Manifest:
-    """Read a manifest that its descriptor says has ``media_type``."""
+def parse_manifest(data: bytes, name: str, media_type: str | None) -> Manifest:
+    """Read a manifest that its descriptor says has ``media_type`` (None: where there is no descriptor)."""
     manifest = _parse(_Manifest, data, name)
     _check_type(manifest.media_type, media_type, name)
     layers = tuple(_descriptor(each, name) for each in manifest.layers)

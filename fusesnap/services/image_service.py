@@ -12,7 +12,7 @@ spelled otherwise for us is handed on as that.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from typing import Final, Protocol, TypeVar, cast
 
@@ -71,13 +71,24 @@ class _Upstream(Protocol):
     def details(self) -> str: ...
 
 
+# Told before containerd is asked to pull an image. It does not wait, and does not fail.
+PullBegins = Callable[[], Awaitable[object]]
+
+
 class ImageService:
     """Answers the calls of the service, each on a thread of grpcio's. ``containerd`` is a channel to its socket."""
 
-    def __init__(self, images: NixImages, containerd: grpc.Channel, calls: Calls) -> None:
+    def __init__(
+        self,
+        images: NixImages,
+        containerd: grpc.Channel,
+        calls: Calls,
+        pull_begins: PullBegins | None,
+    ) -> None:
         self._images = images
         self._containerd = containerd
         self._calls = calls
+        self._pull_begins = pull_begins
         self._room = threading.Semaphore(CONCURRENT_CALLS)
 
     def answer(self, method: str, request: bytes, context: grpc.ServicerContext) -> Iterator[bytes]:
@@ -98,6 +109,8 @@ class ImageService:
     def _pull(self, method: str, request: bytes, context: grpc.ServicerContext) -> Iterator[bytes]:
         asked = _parsed(PullImageRequest, request)
         if asked is None or self._name(asked.image.image, context) is None:
+            if self._pull_begins is not None:
+                self._calls.run(self._pull_begins, context)
             yield from self._hand_on(method, request, context)
             return
         reference = asked.image.image
@@ -177,12 +190,12 @@ class _Handlers(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # generic fo
 
 
 def image_service(
-    images: NixImages, containerd: grpc.Channel
+    images: NixImages, containerd: grpc.Channel, pull_begins: PullBegins | None = None
 ) -> Callable[[grpc.Server, Calls], None]:
     """The service, to be registered beside others."""
 
     def register(server: grpc.Server, calls: Calls) -> None:
-        handlers = _Handlers(ImageService(images, containerd, calls))
+        handlers = _Handlers(ImageService(images, containerd, calls, pull_begins))
         server.add_generic_rpc_handlers((handlers,))
 
     return register

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import secrets
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Final
 
 import trio
@@ -17,16 +17,15 @@ import trio
 from fusesnap.errors import AlreadyExists, ContentMismatch, FusesnapError, NotFound, Unavailable
 from fusesnap.images.digest import Digest
 from fusesnap.images.layout import Image, ImageLayer
+from fusesnap.nix.closure_labels import LABEL_PREFIX
 from fusesnap.services.api import diff_pb2, diff_pb2_grpc, snapshots_pb2, snapshots_pb2_grpc
 from fusesnap.services.containerd_calls import LONG, TIDYING, ContainerdCalls
 from fusesnap.services.content import UNCOMPRESSED_LABEL
 from fusesnap.services.image_content import ImageContent, layer_descriptor
+from fusesnap.snapshots.announced import CHAIN_LABEL
 
 log = logging.getLogger(__name__)
 
-# FilterInheritedLabels of containerd's ``core/snapshots``: what of a layer's annotations its snapshot gets as labels.
-_INHERITED: Final = "containerd.io/snapshot/"
-_CHAIN_LABEL: Final = "containerd.io/snapshot.ref"
 _GC_REF: Final = "containerd.io/gc.ref.snapshot"
 # Of a snapshot that another unpacker makes at the same time it may be said that it is there, and then that it is not.
 _ATTEMPTS: Final = 3
@@ -68,16 +67,14 @@ class Unpacker:
         return True
 
     async def _layer(self, layer: ImageLayer, parent: str, name: str) -> None:
-        labels = {
-            key: value for key, value in layer.annotations.items() if key.startswith(_INHERITED)
-        }
+        labels = inherited_labels(layer.annotations)
         for _ in range(_ATTEMPTS):
             key = f"extract-{secrets.token_hex(8)} {name}"
             prepare = snapshots_pb2.PrepareSnapshotRequest(
                 snapshotter=self._snapshotter,
                 key=key,
                 parent=parent,
-                labels={**labels, _CHAIN_LABEL: name},
+                labels={**labels, CHAIN_LABEL: name},
             )
             try:
                 mounts = await self._containerd.ask(self._snapshots.Prepare, prepare, within=LONG)
@@ -132,6 +129,11 @@ class Unpacker:
                 return
             except FusesnapError as error:  # what ended the unpacking is told, not this
                 log.warning("%s: left until its lease ends: %s", key, error)
+
+
+def inherited_labels(annotations: Mapping[str, str]) -> dict[str, str]:
+    """What of a layer's annotations its snapshot gets (FilterInheritedLabels of containerd's ``core/snapshots``)."""
+    return {key: value for key, value in annotations.items() if key.startswith(LABEL_PREFIX)}
 
 
 def chain_ids(diff_ids: Iterable[Digest]) -> list[str]:

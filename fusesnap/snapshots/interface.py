@@ -261,7 +261,10 @@ class Starts(Protocol):
         ...
 
     def foreseen(self, paths: frozenset[StorePath], labels: Mapping[str, str]) -> object:
-        """A layer with these ``labels`` is committed, above which containers show ``paths``."""
+        """Layers with these ``labels`` are committed, or will be, above which containers show ``paths``.
+
+        It may be said more than once.
+        """
         ...
 
     def admitted(self, name: str, paths: frozenset[StorePath]) -> object:

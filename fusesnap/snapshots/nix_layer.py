@@ -31,6 +31,7 @@ from fusesnap.nix.closure_labels import (
     parse_store_paths,
 )
 from fusesnap.nix.store_path import StoreDir, StorePath
+from fusesnap.snapshots.admissions import Admissions
 from fusesnap.snapshots.interface import CommittedStore, PathSource
 from fusesnap.snapshots.layer_content import Found, LayerContent, read_layer
 from fusesnap.snapshots.recognition import recognise
@@ -61,6 +62,7 @@ class NixLayers:
     ) -> None:
         self._store = store
         self._source = paths
+        self._admissions = Admissions(paths)
         self._store_dir = store_dir
         self._by_content = by_content
 
@@ -118,7 +120,7 @@ class NixLayers:
         ``below`` are those of the chain below. Raises as ``PathSource.admit``.
         """
         missing = await self.missing(paths)
-        return await self._source.admit(missing, {*below, *paths}) if missing else {}
+        return await self._admissions.admit(missing, {*below, *paths}) if missing else {}
 
     async def realise_all(self, paths: Iterable[StorePath]) -> None:
         """Have every path committed. Raises ``ClosureUnavailable`` with what failed."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
+from fusesnap.snapshots.announced import CHAIN_LABEL
 from fusesnap.snapshots.answers import Answers
 from fusesnap.snapshots.farms import Farms
 from fusesnap.snapshots.interface import Info, Kind, Mount
@@ -70,7 +71,7 @@ class PromptAnswers:
     def prepare(self, key: str, parent: str, labels: Mapping[str, str]) -> Sequence[Mount] | None:
         """See ``PromptSnapshots``."""
         labels = checked_labels(labels)
-        if not self._nix.is_silent(labels):
+        if CHAIN_LABEL in labels or not self._nix.is_silent(labels):
             return None
         with self._metastore.reading() as transaction:
             chain = transaction.chain(parent)

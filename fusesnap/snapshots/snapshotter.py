@@ -18,6 +18,7 @@ from fusesnap.errors import (
 )
 from fusesnap.nix.store_path import StoreDir
 from fusesnap.snapshots import overlay
+from fusesnap.snapshots.announced import Announced, FindImage
 from fusesnap.snapshots.answers import Answers
 from fusesnap.snapshots.completion import complete
 from fusesnap.snapshots.directories import Directories
@@ -71,6 +72,7 @@ class Snapshotter(Snapshots):
         clock: Callable[[], float],
         release_readers: Callable[[str], Awaitable[None]] | None = None,
         starts: Starts | None = None,
+        find_image: FindImage | None = None,
         nursery: trio.Nursery | None = None,
     ) -> None:
         """Take the collaborators; ``clock`` gives seconds since the epoch.
@@ -78,7 +80,7 @@ class Snapshotter(Snapshots):
         ``release_readers`` is given the upper directory of a snapshot that is to be removed and that ``lazy`` may have
         served, to end what its processes wait for. It must not take long, and must not raise. ``starts`` is told of
         containers that ``lazy`` serves. In ``nursery``, if there is one, an image's farms are built as soon as it is
-        unpacked.
+        unpacked, and ``find_image`` is asked what it will show before.
 
         ``lazy`` serves what is missing; without it everything is realised before a mount is answered. Raises
         ``InvalidConfiguration`` where ``root`` cannot be named in mount options.
@@ -101,6 +103,7 @@ class Snapshotter(Snapshots):
         views = Views(store, paths, self._nix, farms, lazy, store_dir, clock)
         self._answers = Answers(self._directories, farms, store, views, self._idmapped, options)
         self._foresight = Foresight(metastore, views, farms, self._answers.image_layers)
+        self._announced = Announced(find_image, self._nix, self._hints, nursery)
         self._nursery = nursery
         self.prompt = PromptAnswers(metastore, farms, self._answers, self._nix, self._insert)
 
@@ -296,6 +299,7 @@ class Snapshotter(Snapshots):
 
         chain, owners = await trio.to_thread.run_sync(check)
         if kind is Kind.ACTIVE:
+            self._announced.unpacking(key, labels)
             await self._nix.labelled(labels, chain.paths)
         plan, clones = None, None
         if shows_store(key, chain):

@@ -41,6 +41,11 @@ class StartHints:
 
         return root_and_tell
 
+    def announced(self, paths: Iterable[StorePath], labels: Mapping[str, str]) -> None:
+        """An image is about to be unpacked whose layers have these ``labels`` and whose containers show ``paths``."""
+        if self._starts is not None:
+            self._starts.foreseen(frozenset(paths), labels)
+
     def admitted(self, name: str, chain: Chain, paths: Iterable[StorePath]) -> None:
         """A layer above ``chain`` becomes committed as ``name``; its ``paths`` can be had."""
         shown = frozenset((*chain.paths, *paths))

@@ -16,6 +16,7 @@ class Registry:
     """A running registry."""
 
     port: int
+    directory: Path
 
     def push(self, archive: Path, name: str) -> str:
         """Push an ``oci-archive`` as ``name`` (``redis:latest``). Returns the reference that pulls it."""
@@ -28,6 +29,24 @@ class Registry:
     def reference(self, name: str, *, port: int | None = None) -> str:
         """The reference of an image here; over a slow link, at its ``port``."""
         return f"127.0.0.1:{port or self.port}/{name}"
+
+    @contextlib.contextmanager
+    def without_layers(self, reference: str) -> Iterator[None]:
+        """For the time of the context nobody gets the layers of an image; its documents are there."""
+        raw = run(["skopeo", "inspect", "--raw", "--tls-verify=false", f"docker://{reference}"])
+        blobs = [self._blob(layer["digest"]) for layer in json.loads(raw)["layers"]]
+        for blob in blobs:
+            blob.rename(blob.with_suffix(".away"))
+        try:
+            yield
+        finally:
+            for blob in blobs:
+                blob.with_suffix(".away").rename(blob)
+
+    def _blob(self, digest: str) -> Path:
+        algorithm, _, digits = digest.partition(":")
+        blobs = self.directory / "docker/registry/v2/blobs"
+        return blobs / algorithm / digits[:2] / digits / "data"
 
 
 # For USER with the password SECRET, in the form of htpasswd(1) with bcrypt, which is all that the registry takes.
@@ -45,14 +64,14 @@ def registry(work: Path, *, locked: bool = False) -> Iterator[Registry]:
     if locked:
         (work / "htpasswd").write_text(_HTPASSWD)
         authentication = {"auth": {"htpasswd": {"realm": "test", "path": str(work / "htpasswd")}}}
-    port = free_port()
+    port, directory = free_port(), work / "registry"
     configuration = work / "registry.json"  # YAML, of which JSON is a part
     configuration.write_text(
         json.dumps(
             {
                 "version": "0.1",
                 "log": {"level": "warn"},
-                "storage": {"filesystem": {"rootdirectory": str(work / "registry")}},
+                "storage": {"filesystem": {"rootdirectory": str(directory)}},
                 **authentication,
                 "http": {"addr": f"127.0.0.1:{port}", "relativeurls": True, "secret": "testbed"},
             }
@@ -60,4 +79,4 @@ def registry(work: Path, *, locked: bool = False) -> Iterator[Registry]:
     )
     with running(["docker-registry", "serve", configuration], log=work / "registry.log") as service:
         service.wait_until(lambda: listens(port))
-        yield Registry(port)
+        yield Registry(port, directory)

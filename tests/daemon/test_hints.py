@@ -52,6 +52,9 @@ class Heard:
     async def get_ready(self, paths: frozenset[StorePath]) -> None:
         self.ready.append(paths)
 
+    async def open(self) -> None:
+        await self.send.send(("open",))
+
     async def knows(self, closure: ClosureDigest) -> bool:
         return closure == CLOSURE
 
@@ -75,6 +78,7 @@ async def worker(tmp_path: Path, nursery: trio.Nursery) -> Heard:
         heard.find,
         heard.learnt.append,
         heard.follow,
+        heard.open,
         nursery,
     )
     await nursery.start(control.serve, tmp_path / "control.sock", hints.calls)
@@ -92,6 +96,13 @@ async def test_a_start_arrives_with_what_is_lazy_of_it(
     assert worker.learnt == worker.ready == [frozenset({HELLO})]
     starts.ended("default/3/one")
     assert await worker.receive.receive() == ("end", "default/3/one")
+
+
+async def test_when_a_pull_begins_the_way_to_the_caches_is_opened(
+    worker: Heard, tmp_path: Path, nursery: trio.Nursery
+) -> None:
+    HintedStarts(STORE, tmp_path / "control.sock", nursery).pull_begins()
+    assert await worker.receive.receive() == ("open",)
 
 
 async def test_an_image_arrives_with_the_trace_that_it_carries(

@@ -33,9 +33,10 @@ async def test_connections_that_are_open_are_not_opened_again(
 ) -> None:
     node = await make_node()
     readiness = Readiness(node.store, node.pool)
-    await readiness.get_ready([sample("missing").path])
+    await readiness.open()
     asked = len(cache.requests)
     await readiness.get_ready([sample("missing").path])
+    await readiness.open()
     assert len(cache.requests) == asked > 0
     mock_clock.jump(OPEN_FOR)
     await readiness.get_ready([sample("missing").path])

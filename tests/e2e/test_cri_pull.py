@@ -7,7 +7,7 @@ from pathlib import Path
 
 import grpc
 import pytest
-from testbed.binary_cache import HttpCache
+from testbed.binary_cache import HttpCache, hash_part
 from testbed.images import Layer, NixLayerManner
 from testbed.synthetic import SimpleClosure
 
@@ -20,7 +20,9 @@ NixLayers = Callable[..., Layer]
 @pytest.fixture
 def kubelet_node(make_node: NodeMaker, cache: HttpCache, work: Path) -> Node:
     """A node on which nothing but labels says what a Nix layer is."""
-    (work / "fusesnap.toml").write_text("recognise-by-content = false\n")
+    (work / "fusesnap.toml").write_text(
+        f'recognise-by-content = false\ncontainerd-address = "{work}/c/containerd.sock"\n'
+    )
     return make_node(cache.url, cri=True, options=["--config", str(work / "fusesnap.toml")])
 
 
@@ -40,6 +42,26 @@ def test_labels_say_what_a_nix_layer_stands_for(
     assert cache.requested_nars([*simple.closure.paths, list_path]) == listed
     said = kubelet_node.containerd.run(reference, "one", f"{simple.root}/bin/echo", "hello")
     assert said == "hello\n"
+
+
+@pytest.mark.parametrize("manner", [NixLayerManner.CLOSURE, NixLayerManner.PATHS])
+def test_caches_are_asked_before_any_layer_is_fetched(
+    kubelet_node: Node,
+    cache: HttpCache,
+    simple: SimpleClosure,
+    nix_layers: NixLayers,
+    base_layer: Layer,
+    manner: NixLayerManner,
+) -> None:
+    """The manifest says what the image shows; of its layers none can be had."""
+    reference = kubelet_node.push([base_layer, nix_layers(manner)])
+    with kubelet_node.registry.without_layers(reference):
+        with pytest.raises(grpc.RpcError):
+            cri_pull(kubelet_node, reference)
+        wanted = {f"/{hash_part(path)}.narinfo" for path in simple.closure.paths}
+        kubelet_node.daemon.service.wait_until(
+            lambda: wanted <= {each.path for each in cache.requests()}
+        )
 
 
 def test_a_closure_path_without_its_list_fails_the_pull(

@@ -69,6 +69,7 @@ class Images:
 
     def __init__(self) -> None:
         self.pulled: list[str] = []
+        self.others = 0  # pulls that were begun of what is not ours
         self.error: Exception | None = None
         self.gate: trio.Event | None = None
         self.waiting = trio.Event()
@@ -78,6 +79,9 @@ class Images:
         if reference == "nix:0/wrong":
             raise InvalidArgument("expected a store path")
         return f"{reference.lower()}:latest" if reference.startswith("nix:0/") else None
+
+    async def pull_begins(self) -> None:
+        self.others += 1
 
     async def pull(self, reference: str) -> str:
         self.pulled.append(reference)
@@ -144,7 +148,7 @@ async def kubelet(
     scope = trio.CancelScope()
     stopped = trio.Event()
     with open_channel(tmp_path / "containerd.sock") as channel:
-        also = [image_service(images, channel)]
+        also = [image_service(images, channel, images.pull_begins)]
 
         async def run(*, task_status: trio.TaskStatus[None]) -> None:
             with scope:
@@ -240,6 +244,20 @@ async def test_an_image_of_nix_is_pulled_here(
     assert PullImageResponse.FromString(answer).image_ref == "sha256:made"
     assert images.pulled == ["nix:0/Path"]
     assert not containerd.asked
+
+
+async def test_a_pull_that_is_handed_on_is_told_before(
+    kubelet: Kubelet, containerd: Played, images: Images
+) -> None:
+    for reference, others in (("nix:0/image", 0), ("docker.io/redis", 1)):
+        await kubelet.call("PullImage", pull(reference))
+        assert images.others == others
+    await kubelet.call("ListImages", b"")
+    assert images.others == 1
+    assert [method for method, _ in containerd.asked] == [
+        f"{SERVICE}/PullImage",
+        f"{SERVICE}/ListImages",
+    ]
 
 
 async def test_elsewhere_it_has_the_name_that_containerd_knows(

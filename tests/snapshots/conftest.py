@@ -23,6 +23,7 @@ from fusesnap.errors import ClosureUnavailable, FusesnapError, PathNotFound
 from fusesnap.nix.hash import nix32_encode
 from fusesnap.nix.store_path import StoreDir, StorePath
 from fusesnap.nix.tree import STORE_MTIME_NS
+from fusesnap.snapshots.announced import FindImage
 from fusesnap.snapshots.farms import Farms
 from fusesnap.snapshots.interface import Info, Mount
 from fusesnap.snapshots.metastore import Metastore
@@ -270,7 +271,12 @@ class Bench:
         self.snapshotter = self.open()
 
     def open(
-        self, *, lazy: bool = True, by_content: bool = True, nursery: trio.Nursery | None = None
+        self,
+        *,
+        lazy: bool = True,
+        by_content: bool = True,
+        find_image: FindImage | None = None,
+        nursery: trio.Nursery | None = None,
     ) -> Snapshotter:
         """A snapshotter on this state, as after a restart."""
         self.metastore = Metastore(self.state / "snapshots.sqlite")
@@ -287,6 +293,7 @@ class Bench:
             clock=lambda: self.now,
             release_readers=self.release,
             starts=self.starts,
+            find_image=find_image,
             nursery=nursery,
         )
         return self.snapshotter

@@ -1,9 +1,9 @@
-"""What an image starts with, as containerd's content store knows it."""
+"""What an image announces and starts with, as containerd's content store knows it."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -15,12 +15,17 @@ from fusesnap.images.digest import Digest
 from fusesnap.images.documents import MAX_DOCUMENT_SIZE
 from fusesnap.services.api import content_pb2, content_pb2_grpc
 from fusesnap.services.containerd_client import open_channel
-from fusesnap.services.entry_programs import CONFIG_REF, NEWEST, EntryPrograms
 from fusesnap.services.image_unpack import chain_ids
+from fusesnap.services.unpacked_images import CONFIG_REF, NEWEST, UnpackedImages
+from fusesnap.snapshots.announced import AnnouncedImage
 
 LOWER, UPPER = f"sha256:{'1' * 64}", f"sha256:{'2' * 64}"
 # sha256 of "<LOWER> <UPPER>", by sha256sum.
 CHAIN = "sha256:9932074217c35353d2e03a3f5a86549f7c67bfeb0ba53e23d69f4d4c8f7958f5"
+
+
+def descriptor(digest: str) -> dict[str, object]:
+    return {"mediaType": "application/vnd.oci.image.layer.v1.tar", "digest": digest, "size": 1}
 
 
 class Content(content_pb2_grpc.ContentServicer):
@@ -32,23 +37,36 @@ class Content(content_pb2_grpc.ContentServicer):
         self.read: list[str] = []
         self.namespaces: set[object] = set()
 
-    def add(self, *layers: str, command: str) -> None:
+    def add(
+        self, *layers: str, command: str, annotations: Sequence[Mapping[str, str]] = ()
+    ) -> None:
         config = {
             "os": "linux",
             "architecture": "amd64",
             "rootfs": {"type": "layers", "diff_ids": layers},
             "config": {"Cmd": [command]},
         }
-        self.add_blob(json.dumps(config).encode())
+        number = self.add_blob(json.dumps(config).encode())
+        self.blobs[f"manifest-{number}"] = json.dumps(
+            {
+                "schemaVersion": 2,
+                "config": descriptor(f"sha256:{number:064}"),
+                "layers": [
+                    {**descriptor(layer), "annotations": dict(said)}
+                    for layer, said in zip(layers, annotations, strict=False)
+                ],
+            }
+        ).encode()
 
-    def add_blob(self, data: bytes) -> None:
-        number = len(self.blobs)
+    def add_blob(self, data: bytes) -> int:
+        number = len(self.infos)
         self.blobs[f"config-{number}"] = data
         info = content_pb2.Info(
             digest=f"manifest-{number}", labels={CONFIG_REF: f"config-{number}"}
         )
         info.created_at.FromSeconds(number)
         self.infos.append(info)
+        return number
 
     def List(  # noqa: N802 - gRPC's name
         self, request: content_pb2.ListContentRequest, context: grpc.ServicerContext
@@ -80,40 +98,61 @@ def content(tmp_path: Path) -> Iterator[Content]:
 
 
 @pytest.fixture
-def programs(tmp_path: Path) -> Iterator[EntryPrograms]:
+def images(tmp_path: Path) -> Iterator[UnpackedImages]:
     with open_channel(tmp_path / "containerd.sock") as channel:
-        yield EntryPrograms(channel)
+        yield UnpackedImages(channel)
 
 
 async def test_a_configuration_is_known_by_its_layers(
-    content: Content, programs: EntryPrograms
+    content: Content, images: UnpackedImages
 ) -> None:
     content.add(LOWER, UPPER, command="/nix/store/a/bin/tool")
     content.add(UPPER, command="/other")
-    assert await programs.of(f"k8s.io/7/{CHAIN}") == (("/nix/store/a/bin/tool",),)
+    assert await images.programs(f"k8s.io/7/{CHAIN}") == (("/nix/store/a/bin/tool",),)
     assert content.read == ["config-1", "config-0"]  # the newest first
     assert content.namespaces == {"k8s.io"}
-    assert await programs.of(f"default/7/{LOWER}") == (("/nix/store/a/bin/tool",),)
-    assert await programs.of("default/7/sha256:none") == ()
-    assert await programs.of("of another client") == ()
+    assert await images.programs(f"default/7/{LOWER}") == (("/nix/store/a/bin/tool",),)
+    assert await images.programs("default/7/sha256:none") == ()
+    assert await images.programs("of another client") == ()
 
 
-async def test_few_configurations_are_looked_into(
-    content: Content, programs: EntryPrograms
+async def test_what_an_image_announces_are_the_labels_that_its_layers_will_get(
+    content: Content, images: UnpackedImages
 ) -> None:
+    said = {"containerd.io/snapshot/nix-layer": "true"}
+    content.add(LOWER, UPPER, command="/x", annotations=[{}, {**said, "org.example": "other"}])
+    for chain_id in (LOWER, CHAIN):
+        found = await images.announced("k8s.io", chain_id)
+        assert found == AnnouncedImage((LOWER, CHAIN), ({}, said))
+    assert content.namespaces == {"k8s.io"}
+    assert await images.announced("k8s.io", UPPER) is None
+
+
+async def test_of_images_with_the_same_layer_the_newest_is_meant(
+    content: Content, images: UnpackedImages
+) -> None:
+    for path in ("old", "new"):
+        said = {"containerd.io/snapshot/nix-closure": path}
+        content.add(LOWER, command="/x", annotations=[said])
+    found = await images.announced("k8s.io", LOWER)
+    assert found is not None
+    assert found.labels == ({"containerd.io/snapshot/nix-closure": "new"},)
+
+
+async def test_few_configurations_are_looked_into(content: Content, images: UnpackedImages) -> None:
     for _ in range(3 * NEWEST):
         content.add(LOWER, command="/x")
-    assert await programs.of(f"default/7/{UPPER}") == ()
+    assert await images.programs(f"default/7/{UPPER}") == ()
     assert len(content.read) == NEWEST
 
 
 @pytest.mark.parametrize("data", [b"{", bytes(MAX_DOCUMENT_SIZE + 1)])
 async def test_what_is_no_configuration_is_said_so(
-    content: Content, programs: EntryPrograms, data: bytes
+    content: Content, images: UnpackedImages, data: bytes
 ) -> None:
     content.add_blob(data)
     with pytest.raises(InvalidData, match="config-0"):
-        await programs.of(f"default/7/{LOWER}")
+        await images.programs(f"default/7/{LOWER}")
 
 
 async def test_without_containerd(tmp_path: Path) -> None:
@@ -121,7 +160,7 @@ async def test_without_containerd(tmp_path: Path) -> None:
         open_channel(tmp_path / "nowhere.sock") as channel,
         pytest.raises(Unavailable, match="containerd"),
     ):
-        await EntryPrograms(channel).of(f"default/7/{LOWER}")
+        await UnpackedImages(channel).programs(f"default/7/{LOWER}")
 
 
 def test_a_chain_id_is_the_digest_of_what_is_below_and_the_layer() -> None:
