@@ -64,7 +64,8 @@ from benchmarks.touched_pages import PAGE, Footprint, touched
 
 DESCRIPTION = """\
 Starts real containers through containerd and runc on machines that have nothing yet, over an emulated link, and takes
-the time from the pull to the first output. All sides take turns, each with fresh state and cold caches of the kernel.
+the time from the pull, as a kubelet has it done, to the first output. All sides take turns, each with fresh state and
+cold caches of the kernel.
 The limit is what no way of fetching can save: two round trips, the pages that the start touches as one zstd stream of
 the highest level over the link, and the same start with everything local and warm.
 

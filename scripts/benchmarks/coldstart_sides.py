@@ -5,14 +5,14 @@ from __future__ import annotations
 import contextlib
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from testbed.binary_cache import HttpCache, SigningKey
 from testbed.containerd import Containerd, containerd
-from testbed.fusesnap_daemon import FusesnapDaemon, Source, fusesnap_daemon, prefetch
-from testbed.image_endpoint import image_endpoint, knowing_containerd
+from testbed.fusesnap_daemon import FusesnapDaemon, Source, prefetch
+from testbed.image_endpoint import image_endpoint
 from testbed.link_process import RunningLink
 from testbed.nix_store import CONFIGURATION, STORE_DIR
 from testbed.processes import CommandFailed, run, run_until_output
@@ -109,26 +109,26 @@ def drop_caches() -> None:
 
 
 class Fusesnap(Side):
-    """Ours, from the binary cache ``cache``. ``options`` are of the daemon."""
+    """Ours, from the binary cache ``cache``. ``settings`` are more lines of the daemon's configuration.
 
-    def __init__(self, name: str, cache: str, options: Sequence[str] = ()) -> None:
+    With ``complete`` closures are fetched whole when nothing else is, as it comes.
+    """
+
+    def __init__(self, name: str, cache: str, settings: str = "", *, complete: bool = True) -> None:
         self.name = name
         self.cache = cache
-        self._options = options
+        self._settings = settings
+        self._complete = complete
 
     @contextlib.contextmanager
     def machine(self, scene: Scene, directory: Path) -> Iterator[Callable[[], list[str]]]:
         """See Side."""
-        with (
-            fusesnap_daemon(
-                directory / "s",
-                source=scene.source(self.cache),
-                options=[*knowing_containerd(directory), *self._options],
-                complete=True,  # as it comes
-            ) as daemon,
-            containerd(directory / "c", proxy=daemon.address) as client,
+        source, settings = scene.source(self.cache), self._settings
+        with image_endpoint(directory, source, complete=self._complete, settings=settings) as (
+            daemon,
+            client,
         ):
-            yield lambda: _pulled(client, scene.references["nix"])
+            yield lambda: _pulled(daemon, client, scene.references["nix"])
 
 
 class Updated(Side):
@@ -143,13 +143,10 @@ class Updated(Side):
             raise ValueError("the generation before was not built")
         near, far = scene.before.source, scene.source("bundled")
         source = Source([*near.caches, *far.caches], near.keys)
-        with (
-            fusesnap_daemon(directory / "s", source=source, complete=True) as daemon,
-            containerd(directory / "c", proxy=daemon.address) as client,
-        ):
-            client.pull(scene.before.reference)
+        with image_endpoint(directory, source, complete=True) as (daemon, client):
+            daemon.pull(scene.before.reference, timeout=START_SECONDS)
             client.run(scene.before.reference, "before", timeout=START_SECONDS)
-            yield lambda: _pulled(client, scene.references["nix"])
+            yield lambda: _pulled(daemon, client, scene.references["nix"])
 
 
 class Named(Side):
@@ -174,8 +171,13 @@ class Ordinary(Side):
     @contextlib.contextmanager
     def machine(self, scene: Scene, directory: Path) -> Iterator[Callable[[], list[str]]]:
         """See Side."""
-        with containerd(directory / "c") as client:
-            yield lambda: _pulled(client, scene.references[self._kind])
+        with containerd(directory / "c", cri=True) as client:
+
+            def prepare() -> list[str]:
+                client.cri_pull(scene.references[self._kind], timeout=START_SECONDS)
+                return client.run_command(scene.references[self._kind], "one")
+
+            yield prepare
 
 
 class Eager(Side):
@@ -192,10 +194,10 @@ class Eager(Side):
     def machine(self, scene: Scene, directory: Path) -> Iterator[Callable[[], list[str]]]:
         """See Side."""
         nix = directory / "nix"
-        with containerd(directory / "c") as client:
+        with containerd(directory / "c", cri=True) as client:
 
             def prepare() -> list[str]:
-                client.pull(scene.references["nix"], timeout=START_SECONDS)
+                client.cri_pull(scene.references["nix"], timeout=START_SECONDS)
                 self._realise(scene, nix)
                 options = [word for path in scene.built.closure.paths for word in _bind(nix, path)]
                 return client.run_command(
@@ -225,17 +227,14 @@ class Warm(Side):
     @contextlib.contextmanager
     def machine(self, scene: Scene, directory: Path) -> Iterator[Callable[[], list[str]]]:
         """See Side; the closure is there, and a container of it has run."""
-        state, source = directory / "s", scene.local_source
-        with (
-            fusesnap_daemon(state, source=source) as daemon,
-            containerd(directory / "c", proxy=daemon.address) as client,
-        ):
-            prefetch(state, [scene.built.closure.root], source=source, timeout=START_SECONDS)
-            reference = scene.local_reference
-            client.pull(reference)
+        source, reference = scene.local_source, scene.local_reference
+        with image_endpoint(directory, source) as (daemon, client):
+            root = scene.built.closure.root
+            prefetch(daemon.state, [root], source=source, timeout=START_SECONDS)
+            daemon.pull(reference, timeout=START_SECONDS)
             client.run(reference, "before", timeout=START_SECONDS)
-            client.ctr("images", "rm", "--sync", reference)
-            yield lambda: _pulled(client, reference)
+            client.ctr("images", "rm", "--sync", *client.images())
+            yield lambda: _pulled(daemon, client, reference)
 
 
 class WarmNamed(Side):
@@ -261,8 +260,9 @@ def _named(daemon: FusesnapDaemon, client: Containerd, image: str) -> list[str]:
     return client.run_command(f"nix:0{image}:latest", "one")
 
 
-def _pulled(client: Containerd, reference: str) -> list[str]:
-    client.pull(reference, timeout=START_SECONDS)
+def _pulled(daemon: FusesnapDaemon, client: Containerd, reference: str) -> list[str]:
+    """As where a kubelet has us as its endpoint for images."""
+    daemon.pull(reference, timeout=START_SECONDS)
     return client.run_command(reference, "one")
 
 

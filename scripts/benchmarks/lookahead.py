@@ -46,9 +46,7 @@ def _measure(
     starts: dict[str, list[Started]] = {side: [] for side in SIDES}
     for number in range(given.rounds):
         for side in SIDES:
-            settings = directory / f"{side}.toml"
-            settings.write_text(f'[fetch]\nlook-ahead = "{side}"\ncomplete = false\n')
-            ours = Fusesnap(side, "stock", ["--config", str(settings), "--no-complete"])
+            ours = Fusesnap(side, "stock", f'[fetch]\nlook-ahead = "{side}"\n', complete=False)
             with run_directory("fs-ahead-") as place, scene(ready, link, key, images, place) as on:
                 taken = start(ours, on, place / "m")
             starts[side].append(taken)

@@ -276,7 +276,8 @@ def containerd(
     release = release or Release.of()
     text = configuration(work, release, proxy, cri=cri, remap_ids=remap_ids, differ=differ)
     if cri:
-        text += cri_part(work, release, annotations=annotations)
+        snapshotter = SNAPSHOTTER if proxy else "overlayfs"
+        text += cri_part(work, release, snapshotter, annotations=annotations)
     if sandbox:
         text += pods_part(work, release, sandbox)
         write_network(work / "cni")

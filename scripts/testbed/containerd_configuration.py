@@ -164,10 +164,10 @@ def configuration(
     return text
 
 
-def cri_part(work: Path, release: Release, *, annotations: bool) -> str:
+def cri_part(work: Path, release: Release, snapshotter: str, *, annotations: bool) -> str:
     """The part for CRI, whose plugins have other names in version 3."""
     part = CRI_OF_VERSION_3 if release.major >= 2 else CRI
-    return part.format(name=SNAPSHOTTER, work=work, no_annotations=str(not annotations).lower())
+    return part.format(name=snapshotter, work=work, no_annotations=str(not annotations).lower())
 
 
 def pods_part(work: Path, release: Release, sandbox: str) -> str:

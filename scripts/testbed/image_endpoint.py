@@ -12,10 +12,13 @@ from testbed.fusesnap_daemon import FusesnapDaemon, Source, fusesnap_daemon
 
 @contextlib.contextmanager
 def image_endpoint(
-    directory: Path, source: Source, *, complete: bool = False
+    directory: Path, source: Source, *, complete: bool = False, settings: str = ""
 ) -> Iterator[tuple[FusesnapDaemon, Containerd]]:
-    """A daemon that pulls into a containerd of its own, below ``directory``; ``complete`` as for the daemon."""
-    options = knowing_containerd(directory)
+    """A daemon that pulls into a containerd of its own, below ``directory``; ``complete`` as for the daemon.
+
+    ``settings`` are more lines of its configuration.
+    """
+    options = knowing_containerd(directory, settings)
     with (
         fusesnap_daemon(
             directory / "s", source=source, options=options, complete=complete
@@ -25,8 +28,8 @@ def image_endpoint(
         yield daemon, client
 
 
-def knowing_containerd(directory: Path) -> list[str]:
+def knowing_containerd(directory: Path, settings: str = "") -> list[str]:
     """Options of a daemon that is told where its containerd will be: in ``c`` below ``directory``."""
-    settings = directory / "fusesnap.toml"
-    settings.write_text(f'containerd-address = "{directory}/c/containerd.sock"\n')
-    return ["--config", str(settings)]
+    file = directory / "fusesnap.toml"
+    file.write_text(f'containerd-address = "{directory}/c/containerd.sock"\n{settings}')
+    return ["--config", str(file)]
