@@ -8,6 +8,8 @@ import trio
 
 # That all of the program can be imported is part of the answer.
 import fusesnap.daemon.services
+import fusesnap.daemon.telemetry.exposition
+import fusesnap.daemon.telemetry.picture
 import fusesnap.daemon.worker
 import fusesnap.supervisor  # noqa: F401
 from fusesnap.config import Settings

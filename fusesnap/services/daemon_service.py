@@ -9,12 +9,14 @@ from __future__ import annotations
 import json
 from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import grpc
 
 from fusesnap.errors import InvalidArgument, InvalidData, NotFound, Unavailable
-from fusesnap.services.calls import Calls
+
+if TYPE_CHECKING:  # commands that only ask need no trio, for which they would wait
+    from fusesnap.services.calls import Calls
 
 SERVICE = "fusesnap.v1.Daemon"
 ANSWER_WITHIN = 15.0  # seconds; it looks into memory, and asks the worker, which has less time
