@@ -234,7 +234,18 @@ async def open_chunked_paths(
     boot = UUID(Path(BOOT_ID).read_text(encoding="ascii").strip())  # noqa: ASYNC240 - the kernel has it at hand
     partials = await trio.to_thread.run_sync(PartialNars.in_state, settings.root, boot)
     keys, stall = trusted_keys(settings), settings.fetch.stall_timeout
-    return ChunkedPaths(store, pool, partials, keys, link, nursery, stall, observe)
+    # Where all of a closure is fetched in the end, what was guessed wrongly comes too early, and costs nothing.
+    return ChunkedPaths(
+        store,
+        pool,
+        partials,
+        keys,
+        link,
+        nursery,
+        stall,
+        observe,
+        scattered=settings.fetch.complete,
+    )
 
 
 def totals_of(pool: SubstituterPool, room: Room) -> Iterator[tuple[str, dict[str, str], float]]:

@@ -23,13 +23,14 @@ from fusesnap.errors import (
 )
 from fusesnap.fetch.events import ObserveFetch, Rebuilt, unobserved
 from fusesnap.fetch.flight import Flight
-from fusesnap.fetch.grouping import grouped
+from fusesnap.fetch.grouping import LARGEST_RUN, grouped
+from fusesnap.fetch.guesses import SCATTERED_RUN, Guesses
 from fusesnap.fetch.link import Link, PauseLost
 from fusesnap.fetch.part_events import PartEvents
 from fusesnap.fetch.part_of import part_of
 from fusesnap.fetch.priority import Priority
 from fusesnap.fetch.promised import Bringer, Promised
-from fusesnap.fetch.read_ahead import FURTHEST, ReadAhead, before, reach
+from fusesnap.fetch.read_ahead import FURTHEST, before, reach
 from fusesnap.fetch.rebuilding import Rebuilding
 from fusesnap.fetch.reserving import reservation
 from fusesnap.fetch.runs import FetchRun, RebuildRun, Run
@@ -50,7 +51,7 @@ class ChunkedPath:
     """One path. ``offer`` finds who has its NAR; ``stall`` is in seconds; ``nursery`` holds the requests.
 
     ``observe`` hears of each request. ``room`` is that on the disk. What ``rebuilding`` makes of what is here is not
-    asked for.
+    asked for. ``guesses`` say what readers will want next.
     """
 
     def __init__(
@@ -66,6 +67,7 @@ class ChunkedPath:
         *,
         room: Room,
         rebuilding: Rebuilding,
+        guesses: Guesses,
     ) -> None:
         self.pin = pin
         self._rebuilding = rebuilding
@@ -76,7 +78,7 @@ class ChunkedPath:
         self._partial = partial
         self._offer = offer
         self._link = link
-        self._ahead = ReadAhead()
+        self._guesses = guesses
         self._nursery = nursery
         self._stall = stall
         self._source = ""  # the URL of the cache that was asked last
@@ -328,30 +330,29 @@ class ChunkedPath:
         if priority is not Priority.READER or self._promised:
             self._start_runs(due, priority)
             return
-        window = self._ahead.window(due[0])
-        near = self._following(due[-1] + 1, reach(self._link, self._source))
-        self._start_runs([*due, *near], priority)
-        last = (near or due)[-1]
-        far = self._following(last + 1, window)
-        self._start_runs(far, Priority.REST)
-        self._ahead.fetched((far or [last])[-1])
+        reached = reach(self._link, self._source)
+        guess = self._guesses.after(due, reached, self._is_due, self._guessed())
+        self._start_runs([*due, *guess.near], priority)
+        self._start_runs(guess.far, Priority.REST)
+        if not self.is_foreseen:
+            self._start_runs(guess.scattered, Priority.REST, SCATTERED_RUN)
 
-    def _following(self, first: int, window: int) -> list[int]:
-        """Chunks from ``first`` on, as long as they are missing and ``window`` bytes hold them."""
-        found = []
-        for number in range(first, len(self._chunks)):
-            window -= self._chunks[number].file_size
-            if window < 0 or self._partial.has(number) or number in self._coming:
-                break
-            found.append(number)
-        return found
+    def _is_due(self, number: int) -> bool:
+        return not self._partial.has(number) and number not in self._coming
 
-    def _start_runs(self, numbers: Sequence[int], priority: Priority) -> None:
-        """Have chunks made of what is here, and fetched where they cannot be."""
+    def _guessed(self) -> int:
+        """Bytes of the file that are coming although nobody has asked for them."""
+        guessed = (each for each, run in self._coming.items() if run.priority >= Priority.REST)
+        return sum(self._chunks[number].file_size for number in guessed)
+
+    def _start_runs(
+        self, numbers: Sequence[int], priority: Priority, largest: int = LARGEST_RUN
+    ) -> None:
+        """Have chunks made of what is here, and fetched where they cannot be: at most ``largest`` bytes a request."""
         untried = self._rebuilding.untried(numbers)
         if untried:
             self._start_rebuild(RebuildRun(untried, priority, fetches=True))
-        self._start_fetches([n for n in numbers if n not in self._coming], priority)
+        self._start_fetches([n for n in numbers if n not in self._coming], priority, largest)
 
     def _start_rebuild(self, run: RebuildRun) -> None:
         self._runs.add(run)
@@ -388,8 +389,10 @@ class ChunkedPath:
         if run.fetches and not self._closed:
             self._start_fetches(left, run.priority)
 
-    def _start_fetches(self, numbers: Iterable[int], priority: Priority) -> None:
-        for group in grouped(numbers, self._chunks, self._partial, self._coming):
+    def _start_fetches(
+        self, numbers: Iterable[int], priority: Priority, largest: int = LARGEST_RUN
+    ) -> None:
+        for group in grouped(numbers, self._chunks, self._partial, self._coming, largest):
             run = FetchRun(group, priority, self._events(group, priority))
             self._runs.add(run)
             self._coming |= dict.fromkeys(group, run)

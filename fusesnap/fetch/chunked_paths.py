@@ -19,6 +19,7 @@ from fusesnap.fetch.acceptance import Acceptance
 from fusesnap.fetch.chunked_path import ChunkedPath
 from fusesnap.fetch.events import ObserveFetch, unobserved
 from fusesnap.fetch.flight import FlightState
+from fusesnap.fetch.guesses import Guesses, SmallFiles
 from fusesnap.fetch.link import Link
 from fusesnap.fetch.rebuilding import Rebuilding
 from fusesnap.fetch.seeds import Seeds
@@ -28,7 +29,7 @@ from fusesnap.nix.narinfo import NarInfo
 from fusesnap.nix.signature import TrustedKeys
 from fusesnap.nix.store_path import StorePath
 from fusesnap.store.local_store import LocalStore, Pin
-from fusesnap.store.partial_nars import PartialNars
+from fusesnap.store.partial_nars import PartialNar, PartialNars
 from fusesnap.substituter.pool import Offer, SubstituterPool
 from fusesnap.substituter.retry import PartsUnsupported
 
@@ -51,7 +52,7 @@ NO_PARTS_FOR: Final = 3600.0
 
 
 class ChunkedPaths:
-    """Those of one process."""
+    """Those of one process. ``scattered``: small files are fetched that nobody has asked for, see ``Guesses``."""
 
     def __init__(
         self,
@@ -63,8 +64,11 @@ class ChunkedPaths:
         nursery: trio.Nursery,
         stall: float,
         observe: ObserveFetch = unobserved,
+        *,
+        scattered: bool = True,
     ) -> None:
         self._store = store
+        self._scattered = scattered
         self._observe = observe
         self._pool = pool
         self._partials = partials
@@ -277,7 +281,12 @@ class ChunkedPaths:
     async def _opened(self, pin: Pin, index: NarIndex, data: bytes) -> ChunkedPath:
         rebuilding = Rebuilding(index, self._seeds, self._rebuilders)
         await rebuilding.look()
-        nar = await trio.to_thread.run_sync(self._partials.open, pin, data, index.chunks)
+
+        def open_() -> tuple[PartialNar, SmallFiles | None]:
+            small = SmallFiles.of(index) if self._scattered else None
+            return self._partials.open(pin, data, index.chunks), small
+
+        nar, small = await trio.to_thread.run_sync(open_)
         offers = _Offers(self._pool, pin)
         return ChunkedPath(
             pin,
@@ -290,6 +299,7 @@ class ChunkedPaths:
             self._observe,
             room=self._store.room,
             rebuilding=rebuilding,
+            guesses=Guesses(index.chunks, small),
         )
 
     def _keep(self, path: StorePath, found: ChunkedPath) -> None:

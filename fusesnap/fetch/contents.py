@@ -39,6 +39,8 @@ log = logging.getLogger(__name__)
 _AHEAD: Final = 16
 # Paths of a closure whose indexes are asked for before anybody looks into them: a request each.
 LEARNT_AT_MOST: Final = 250
+# Bytes of the compressed file up to which a path is small.
+SMALL_PATH: Final = 200 * 1024
 # Seconds without a read after which the files of a path are closed.
 UNUSED: Final = 120.0
 
@@ -128,8 +130,8 @@ class Contents:
     def request(self, paths: Sequence[StorePath], priority: Priority) -> None:
         """Have ``paths`` fetched ahead.
 
-        For readers to come, of a path that can be had by the chunk the index is enough; where nobody may ever read it,
-        all of it is wanted.
+        For readers to come, of a path that can be had by the chunk the index is enough, and all of it only where it is
+        small and nothing else tells what is read of it; where nobody may ever read it, all of it is wanted.
         """
         if priority >= Priority.COMPLETION:
             self._realiser.request(paths, priority)
@@ -142,8 +144,11 @@ class Contents:
         async def prepare(path: StorePath) -> None:
             async with self._ahead:
                 try:
-                    if await self._by_chunk(path) is None:
+                    chunked = await self._by_chunk(path)
+                    if chunked is None:
                         whole.add(path)
+                    elif priority is Priority.REST and _is_guessed_whole(chunked):
+                        chunked.want([(0, chunked.pin.info.nar_size)], priority)
                 except FusesnapError as error:
                     log.debug("%s: not fetched ahead: %s", path, error)
 
@@ -225,6 +230,12 @@ class Contents:
         if self._store.is_committed(path):
             return None
         return await self._chunked.find(path)
+
+
+def _is_guessed_whole(chunked: ChunkedPath) -> bool:
+    """Whether what refers to it will read it: programs and libraries are told by those that need them."""
+    is_small = chunked.file_size <= SMALL_PATH and not chunked.tree.may_have_programs
+    return is_small and not chunked.is_foreseen
 
 
 @dataclass(frozen=True, slots=True)

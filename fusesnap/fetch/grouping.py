@@ -16,15 +16,20 @@ LARGEST_RUN: Final = 512 * 1024
 
 
 def grouped(
-    numbers: Iterable[int], chunks: ChunkTable, partial: PartialNar, coming: Container[int]
+    numbers: Iterable[int],
+    chunks: ChunkTable,
+    partial: PartialNar,
+    coming: Container[int],
+    largest: int,
 ) -> Iterator[list[int]]:
     """Split chunks ``numbers``, ascending; a small gap is rather fetched than asked for around.
 
+    A group has at most ``largest`` bytes of the file, or one chunk.
     What of a gap is in ``partial`` is not in a group, and over what is ``coming`` none reaches.
     """
     group: list[int] = []
     for number in numbers:
-        if group and not _belongs(group, number, chunks, coming):
+        if group and not _belongs(group, number, chunks, coming, largest):
             yield group
             group = []
         if group:
@@ -34,8 +39,10 @@ def grouped(
         yield group
 
 
-def _belongs(group: list[int], number: int, chunks: ChunkTable, coming: Container[int]) -> bool:
+def _belongs(
+    group: list[int], number: int, chunks: ChunkTable, coming: Container[int], largest: int
+) -> bool:
     between = range(group[-1] + 1, number)
     gap = sum(chunks[each].file_size for each in between)
     length = chunks[number].file_end - chunks[group[0]].file_start
-    return gap <= NEAR and length <= LARGEST_RUN and not any(each in coming for each in between)
+    return gap <= NEAR and length <= largest and not any(each in coming for each in between)

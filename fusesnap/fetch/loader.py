@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 # Bytes of a program or library that is fetched as soon as it is opened: it is mapped, and read a page here and a page
 # there, each a round trip. Of a larger one most is never touched.
-MAPPED_AT_MOST = 32 * 1024 * 1024
+MAPPED_AT_MOST = 8 * 1024 * 1024
 # Bytes of its two ends in which what is looked for is, in most: the headers and the names of symbols, and what they are
 # relocated by. One after the other they would take a round trip each.
 HEAD = 128 * 1024

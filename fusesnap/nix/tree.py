@@ -163,6 +163,18 @@ class Tree:
         """Return what entry ``index`` is, without making the whole :class:`Entry`."""
         return EntryKind(self._columns.kinds[index])
 
+    def files(self) -> Iterator[tuple[int, int]]:
+        """Where the contents of each regular file begin in the NAR, and how many bytes they have; in NAR order."""
+        columns, regular = self._columns, EntryKind.REGULAR.value
+        for kind, offset, size in zip(columns.kinds, columns.offsets, columns.sizes, strict=True):
+            if kind == regular:
+                yield offset, size
+
+    @property
+    def may_have_programs(self) -> bool:
+        """Whether a file may be a program or a library."""
+        return any(self._columns.executable) or b".so" in self._columns.names
+
     def child(self, index: int, name: bytes) -> int | None:
         """Return the index of the entry ``name`` of directory ``index``, if it has one."""
         children = self.children(index)

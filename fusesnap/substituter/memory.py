@@ -64,6 +64,7 @@ class MemorySubstituter:
         self._priority = priority
         self._delay = delay
         self._faults: defaultdict[str, deque[Fault]] = defaultdict(deque)
+        self._held: dict[str, trio.Event] = {}
 
     @property
     def url(self) -> str:
@@ -81,6 +82,10 @@ class MemorySubstituter:
     def script(self, name: str, *faults: Fault) -> None:
         """The next readings of ``name`` go wrong, one a fault; those after them go well."""
         self._faults[name].extend(faults)
+
+    def hold(self, name: str) -> trio.Event:
+        """Nothing comes of ``name`` before that is set."""
+        return self._held.setdefault(name, trio.Event())
 
     async def cache_info(self) -> CacheInfo:
         try:
@@ -150,6 +155,8 @@ class MemorySubstituter:
     async def _read(self, name: str, where: str, begin: int = 0) -> AsyncGenerator[bytes]:
         self.requests.append(name)
         await trio.sleep(self._delay)
+        if name in self._held:
+            await self._held[name].wait()
         fault = self._faults[name].popleft() if self._faults[name] else None
         data = self.files.get(name)
         if data is None and fault is None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import trio
+import trio.testing
 
 from fusesnap.fetch.chunked_path import ChunkedPath
 from fusesnap.fetch.priority import Priority
@@ -14,6 +16,7 @@ from fusesnap.nix.startup_trace import Circumstances, Ending, StartupTrace, Trac
 from fusesnap.nix.store_path import StoreDir
 from fusesnap.substituter.memory import MemorySubstituter
 
+from ..store.conftest import Tree
 from .lazy_node import (
     BIG,
     OTHER_BIG,
@@ -73,6 +76,7 @@ async def guessing(make_node: MakeNode, path: PublishedPath) -> tuple[Node, Chun
     assert chunked is not None
     entry = next(e for e in path.index.tree.entries if e.name == b"other")
     await node.contents.want_file(path.path, entry)
+    assert chunked.is_empty  # nothing has come of it
     return node, chunked
 
 
@@ -80,23 +84,36 @@ async def test_a_path_that_is_completed_while_a_part_of_it_comes_does_not_come_t
     cache: MemorySubstituter, make_node: MakeNode
 ) -> None:
     path = put(cache, published("lazy", TREE))
-    node, chunked = await guessing(make_node, path)
-    assert chunked.is_empty  # nothing has come of it
-    await node.realiser.realise(path.path, priority=Priority.COMPLETION)
+    may_come = cache.hold(path.info.url)
+    node, _ = await guessing(make_node, path)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(partial(node.realiser.realise, path.path, priority=Priority.COMPLETION))
+        await until(lambda: len(node.realiser.flights()) == 2)
+        may_come.set()
     assert node.store.is_committed(path.path)
     assert bytes_asked(cache) == len(path.file)
     assert cache.requests.count(path.info.url) == len(cache.parts)  # never the whole file
+
+
+def blocks_asked(cache: MemorySubstituter) -> set[int]:
+    """Which parts of files came, whether they were interrupted and asked for again or not."""
+    return {block for _, start, end in cache.parts for block in range(start // CHUNK, end // CHUNK)}
 
 
 async def test_a_trace_ends_what_was_guessed_before(
     cache: MemorySubstituter, make_node: MakeNode
 ) -> None:
     path = put(cache, published("lazy", TREE))
+    may_come = cache.hold(path.info.url)
     node, chunked = await guessing(make_node, path)
+    await trio.testing.wait_all_tasks_blocked(0.05)
+    begun = blocks_asked(cache)
     node.contents.foresee(trace_of(path, (b"other", 50 * CHUNK, CHUNK)))
     await until(lambda: chunked.is_foreseen)
+    may_come.set()
     await until(lambda: chunked.is_idle)
-    assert bytes_asked(cache) < len(OTHER_BIG) / 2
+    assert 0 < len(begun) < len(OTHER_BIG) / CHUNK - 8
+    assert len(blocks_asked(cache) - begun) < 8
     assert await read(node, path, b"other", 0, len(OTHER_BIG)) == OTHER_BIG
 
 
@@ -197,3 +214,26 @@ async def test_indexes_are_learnt_before_anybody_looks(
     await node.contents.tree(path.path)
     assert len(cache.requests) == asked
     node.contents.learn([path.path] * 1000)  # too many to be worth a request each
+
+
+async def test_of_what_is_referred_to_the_small_is_fetched_whole_unless_it_has_programs(
+    cache: MemorySubstituter, make_node: MakeNode
+) -> None:
+    modules: dict[str, Tree] = {"one.py": b"import two\n" * 500, "two.py": b"pass\n"}
+    paths = [
+        put(cache, published(name, tree))
+        for name, tree in {
+            "modules": modules,
+            "library": {**modules, "libone.so.1": b"\x7fELF"},
+            "large": {**modules, "data": OTHER_BIG},
+        }.items()
+    ]
+    node = await node_with(make_node, paths[0])
+    await node.realiser.admit([path.path for path in paths])
+    node.contents.request([path.path for path in paths], Priority.REST)
+    await until(lambda: {path.index_name for path in paths} <= set(cache.requests))
+    await trio.testing.wait_all_tasks_blocked(0.05)
+    assert {name for name, _, _ in cache.parts} == {paths[0].info.url}
+    asked = len(cache.parts)
+    assert await read(node, paths[0], b"two.py", 0, 5) == b"pass\n"
+    assert len(cache.parts) == asked

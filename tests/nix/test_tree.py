@@ -103,6 +103,30 @@ def test_tree_is_that_of_the_directory(
             assert (tree.kind(index) is EntryKind.DIRECTORY) == path.is_dir()
 
 
+@given(st.data())
+def test_files_are_told_without_their_names(
+    nar_events: st.SearchStrategy[list[NarEvent]], data: st.DataObject
+) -> None:
+    tree = build(data.draw(nar_events))
+    regular = [entry for entry in tree.entries if entry.kind is EntryKind.REGULAR]
+    assert list(tree.files()) == [(entry.offset, entry.size) for entry in regular]
+
+
+@pytest.mark.parametrize(
+    ("file", "may_have"),
+    [
+        (RegularFile(b"module.py", 0, False, 0), False),
+        (RegularFile(b"tool", 0, True, 0), True),
+        (RegularFile(b"libc.so.6", 0, False, 0), True),
+    ],
+)
+def test_a_program_is_known_by_its_mode_and_a_library_by_its_name(
+    file: RegularFile, may_have: bool
+) -> None:
+    tree = build([DirectoryStart(b""), file, DirectoryEnd(), NarEnd()])
+    assert tree.may_have_programs is may_have
+
+
 def test_entries_are_a_sequence() -> None:
     tree = build([DirectoryStart(b""), Symlink(b"a", b"x"), DirectoryEnd(), NarEnd()])
     link = Entry(EntryKind.SYMLINK, b"a", 0, 1, False, b"x", 0)
