@@ -147,7 +147,7 @@ class Contents:
                     chunked = await self._by_chunk(path)
                     if chunked is None:
                         whole.add(path)
-                    elif priority is Priority.REST and _is_guessed_whole(chunked):
+                    elif priority is Priority.REST and self._is_guessed_whole(chunked):
                         chunked.want([(0, chunked.pin.info.nar_size)], priority)
                 except FusesnapError as error:
                     log.debug("%s: not fetched ahead: %s", path, error)
@@ -226,16 +226,15 @@ class Contents:
         chunked = self._chunked.opened(path)
         return chunked is not None and chunked.is_streamed
 
+    def _is_guessed_whole(self, chunked: ChunkedPath) -> bool:
+        """Whether what refers to it will read it: programs and libraries are told by those that need them."""
+        small = chunked.file_size <= SMALL_PATH and not chunked.tree.may_have_programs
+        return small and self._chunked.scattered and not chunked.is_foreseen
+
     async def _by_chunk(self, path: StorePath) -> ChunkedPath | None:
         if self._store.is_committed(path):
             return None
         return await self._chunked.find(path)
-
-
-def _is_guessed_whole(chunked: ChunkedPath) -> bool:
-    """Whether what refers to it will read it: programs and libraries are told by those that need them."""
-    is_small = chunked.file_size <= SMALL_PATH and not chunked.tree.may_have_programs
-    return is_small and not chunked.is_foreseen
 
 
 @dataclass(frozen=True, slots=True)
