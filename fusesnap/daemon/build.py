@@ -244,7 +244,7 @@ async def open_chunked_paths(
         nursery,
         stall,
         observe,
-        scattered=settings.fetch.complete,
+        scattered=settings.fetch.complete and "references" in settings.fetch.follows,
     )
 
 
