@@ -16,6 +16,7 @@ from testbed.image_endpoint import image_endpoint
 from testbed.link_process import RunningLink
 from testbed.nix_store import CONFIGURATION, STORE_DIR
 from testbed.processes import CommandFailed, run, run_until_output
+from testbed.settling import settle
 
 from benchmarks.coldstart_goals import NAMED, UPDATED
 from benchmarks.coldstart_workloads import Built
@@ -83,6 +84,7 @@ def start(side: Side, scene: Scene, directory: Path) -> Started:
     """Start once. Raises CommandFailed where the output is not what is expected."""
     directory.mkdir()
     with side.machine(scene, directory) as prepare:
+        settle(directory)
         if side.cold:
             drop_caches()
         crossed, began = scene.link.down(), time.monotonic()
