@@ -72,7 +72,7 @@ class Announced:
             image = await find(namespace, chain_id)
             if image is not None:
                 self._expect(namespace, image.chain_ids, chain_id)
-                await self._foresee(image)
+                await self._foresee(namespace, image)
         except FusesnapError as error:  # whoever needs it will be told
             log.info("what the image of layer %s shows is not known ahead: %s", chain_id, error)
 
@@ -83,7 +83,7 @@ class Announced:
         while len(self._expected) > _EXPECTED:
             del self._expected[next(iter(self._expected))]
 
-    async def _foresee(self, image: AnnouncedImage) -> None:
+    async def _foresee(self, namespace: str, image: AnnouncedImage) -> None:
         paths: set[StorePath] = set()
         merged: dict[str, str] = {}
         for labels in image.labels:
@@ -92,3 +92,5 @@ class Announced:
         if paths:
             self._hints.announced(paths, merged)
             await self._nix.ensure_admitted(paths, ())
+            # Names of snapshots have a number there that nobody knows yet.
+            self._hints.admitted(f"{namespace}/0/{image.chain_ids[-1]}", paths)

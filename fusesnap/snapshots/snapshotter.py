@@ -250,7 +250,7 @@ class Snapshotter(Snapshots):
                 add = partial(self._roots.add, active.id)
                 root = self._hints.rooting(add, chain, all_labels)
                 facts = await self._nix.facts(fs, all_labels, chain.paths, layers, root)
-                self._hints.admitted(name, chain, facts.paths)
+                self._hints.admitted(name, [*chain.paths, *facts.paths])
             await trio.to_thread.run_sync(self._commit, active, chain, key, name, labels, facts)
         except StorageFailure:
             await trio.to_thread.run_sync(self._check_there, active)

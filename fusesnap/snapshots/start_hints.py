@@ -46,11 +46,11 @@ class StartHints:
         if self._starts is not None:
             self._starts.foreseen(frozenset(paths), labels)
 
-    def admitted(self, name: str, chain: Chain, paths: Iterable[StorePath]) -> None:
-        """A layer above ``chain`` becomes committed as ``name``; its ``paths`` can be had."""
-        shown = frozenset((*chain.paths, *paths))
-        if self._starts is not None and shown:
-            self._starts.admitted(name, shown)
+    def admitted(self, name: str, shown: Iterable[StorePath]) -> None:
+        """A layer becomes committed as ``name``, above which all is ``shown`` that can be had, or nothing."""
+        paths = frozenset(shown)
+        if self._starts is not None and paths:
+            self._starts.admitted(name, paths)
 
     def answered(self, kind: Kind, key: str, upper: Path, chain: Chain, plan: Plan | None) -> None:
         """A snapshot is answered for by ``plan``, for the first time or because it is started again."""

@@ -63,7 +63,11 @@ async def test_its_paths_are_admitted_and_foreseen_while_its_lowest_layer_is_fet
     client = Client(brought, labels_of(tool))
     bench.open(find_image=client.find, nursery=nursery)
     key = await prepare(bench, "1", "", LOWER)
-    assert bench.starts.heard == [("foreseen", frozenset({tool}), {**brought, **labels_of(tool)})]
+    shown = frozenset({tool})
+    assert bench.starts.heard == [
+        ("foreseen", shown, {**brought, **labels_of(tool)}),
+        ("admitted", f"k8s.io/0/{UPPER}", shown),
+    ]
     assert bench.source.admitted == [tool]
     await bench.snapshotter.commit("lower", key, {})
     key = await prepare(bench, "2", "lower", UPPER, bench.placeholders(tool))
@@ -96,6 +100,7 @@ async def test_the_layer_is_unpacked_whatever_comes_of_it(
     chain_id = "sha256:another" if what == "unknown" else LOWER
     key = await prepare(bench, "1", "", chain_id)
     assert client.asked == [("k8s.io", chain_id)]
+    assert "admitted" not in {each[0] for each in bench.starts.heard}
     await bench.snapshotter.commit("lower", key, {})
     assert (await bench.snapshotter.stat("lower")).name == "lower"
 
