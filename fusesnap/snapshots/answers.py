@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
+from typing import Final
 
 import trio
 
@@ -23,9 +25,12 @@ from fusesnap.snapshots.views import Plan, Views
 
 log = logging.getLogger(__name__)
 
+# A few words each.
+MAX_CHAINS: Final = 1024
+
 
 class Answers:
-    """Writes down the mounts of one state directory's snapshots. Holds no state."""
+    """Writes down the mounts of one state directory's snapshots. Holds what never changes of the chains it has seen."""
 
     def __init__(
         self,
@@ -42,17 +47,29 @@ class Answers:
         self.views = views
         self._idmapped = idmapped
         self._options = options
+        # By the id of a chain, whose layers stay as they are, and which is never another's.
+        self._shifts: dict[int, tuple[int, tuple[int, int]] | None] = {}
 
     def owners(self, key: str, labels: Mapping[str, str], chain: Chain) -> Owners:
         """Whose the files of ``chain`` are in the snapshot ``key``. Raises ``InvalidArgument`` for its labels."""
         if is_shifting(key):
             return Owners()
+        return Owners.of(labels, self._shift(chain))
+
+    def _shift(self, chain: Chain) -> tuple[int, tuple[int, int]] | None:
+        """How many layers of a chain are shifted, and to whom the root; ``None`` for none."""
+        with suppress(KeyError):
+            return self._shifts[chain.id]
         shifts = (
             (position, root)
             for position, layer in enumerate(chain.layers, 1)
             if (root := self._directories.shifted_to(layer.id)) is not None
         )
-        return Owners.of(labels, next(shifts, None))
+        shift = next(shifts, None)
+        if len(self._shifts) >= MAX_CHAINS:
+            self._shifts.clear()
+        self._shifts[chain.id] = shift
+        return shift
 
     def image_layers(self, chain: Chain, above: int = 0) -> list[Path]:
         """The directories of a chain's layers, topmost first, without those ``above``."""

@@ -7,7 +7,7 @@ replaced or reloaded, and never go back.
 from __future__ import annotations
 
 import math
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -41,6 +41,8 @@ class Counters:
 
     def __init__(self) -> None:
         self._grown: dict[CounterKey, float] = {}
+        # Added up by whoever takes them: an observation costs whoever makes it nothing, and comes from any thread.
+        self._observed: deque[tuple[_Series, float]] = deque()
 
     def add(self, name: str, amount: float = 1, /, **labels: str) -> None:
         """``name`` grows by ``amount``."""
@@ -51,16 +53,22 @@ class Counters:
         self._grown[which] = self._grown.get(which, 0) + amount
 
     def observe(self, name: str, seconds: float, /, **labels: str) -> None:
-        """A histogram gets one more value. Its buckets are cumulative, as Prometheus has them."""
-        series = _series(name, tuple(labels.items()))
-        for bound, bucket in series.buckets:
-            # All buckets of a series are there from its first value: a quantile is wrong without the empty ones.
-            self.grow(bucket, float(seconds <= bound))
-        self.grow(series.sum, seconds)
-        self.grow(series.count, 1)
+        """A histogram gets one more value; in any thread."""
+        self._observed.append((_series(name, tuple(labels.items())), seconds))
+
+    def _add_up(self) -> None:
+        """Put what was observed into buckets, which are cumulative, as Prometheus has them."""
+        while self._observed:
+            series, seconds = self._observed.popleft()
+            for bound, bucket in series.buckets:
+                # All buckets of a series are there from its first value: a quantile is wrong without the empty ones.
+                self.grow(bucket, float(seconds <= bound))
+            self.grow(series.sum, seconds)
+            self.grow(series.count, 1)
 
     def take(self, batch: Batch) -> None:
         """Move what has grown into ``batch``."""
+        self._add_up()
         batch.counters |= self._grown
         self._grown = {}
 

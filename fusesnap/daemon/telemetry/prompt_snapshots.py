@@ -51,7 +51,9 @@ class ObservedPrompt(PromptSnapshots):
             parent=parent,
         )
         if mounts is not None:
-            self._note(self._observed.prepared, key, parent, mounts, began)
+            with suppress(trio.RunFinishedError):  # the last answers of a process that ends
+                prepared = self._observed.prepared
+                self._token.run_sync_soon(prepared, key, parent, mounts, began)
         return mounts
 
     def _timed(self, call: str, ask: Callable[[], T | None], **attributes: str) -> T | None:
@@ -59,9 +61,5 @@ class ObservedPrompt(PromptSnapshots):
         with self._observed.span(call, **attributes):
             answer = ask()
         if answer is not None:
-            self._note(self._observed.took, call, self._monotonic() - began)
+            self._observed.took(call, self._monotonic() - began)
         return answer
-
-    def _note(self, note: Callable[..., object], *values: object) -> None:
-        with suppress(trio.RunFinishedError):  # the last answers of a process that ends
-            self._token.run_sync_soon(note, *values)

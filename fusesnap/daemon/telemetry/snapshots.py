@@ -83,7 +83,7 @@ class ObservedSnapshots(Snapshots):
         return self._telemetry.spans.call(call, **attributes)
 
     def took(self, call: str, seconds: float) -> None:
-        """A call has been answered."""
+        """A call has been answered; in any thread."""
         self._telemetry.counters.observe("fusesnap_snapshot_call_seconds", seconds, call=call)
 
     async def _note_chain(self, parent: str) -> None:
