@@ -226,8 +226,11 @@ async def test_the_clients_deadline_cancels_the_work(
 ) -> None:
     snapshotter.gate = trio.Event()
     request = pb.PrepareSnapshotRequest(key="k")
-    error: Any = await client.fail(lambda: client.stub.Prepare(request, timeout=0.05))
-    assert error.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+    seconds = 0.05
+    while not snapshotter.asked:  # it may be over before there is a connection
+        error: Any = await client.fail(partial(client.stub.Prepare, request, timeout=seconds))
+        assert error.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+        seconds *= 2
     await snapshotter.cancelled.wait()
     assert not snapshotter.infos
 
