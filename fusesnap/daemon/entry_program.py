@@ -53,7 +53,8 @@ class EntryProgram:
     ) -> None:
         """Have those of ``programs`` fetched that are in the closure ``paths``, as if they were opened.
 
-        Of each there are the absolute file names where it may be. The first one is needed, the others are guesses.
+        Of each there are the absolute file names where it may be. The first one is needed, the others are guesses, and
+        so is last what is small in the closure: what programs read that say nothing of it, as an interpreter's modules.
         What cannot be had is let be: whoever really wants it will be told. As soon as it ``is_foreseen`` what a start
         reads, nothing more is guessed.
         """
@@ -66,9 +67,11 @@ class EntryProgram:
                 if number == 1:
                     await trio.sleep(self._head_start)
                     if await is_foreseen():
-                        break
+                        return
                 priority = Priority.REST if number else Priority.TRACE
                 nursery.start_soon(self._follow_first, paths, places, priority)
+        if not await is_foreseen():
+            await self._contents.guess_small(paths)
 
     async def _follow_first(
         self, paths: frozenset[StorePath], places: Sequence[str], priority: Priority

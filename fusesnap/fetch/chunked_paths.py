@@ -68,7 +68,7 @@ class ChunkedPaths:
         scattered: bool = True,
     ) -> None:
         self._store = store
-        self.scattered = scattered
+        self._scattered = scattered
         self._observe = observe
         self._pool = pool
         self._partials = partials
@@ -283,7 +283,7 @@ class ChunkedPaths:
         await rebuilding.look()
 
         def open_() -> tuple[PartialNar, SmallFiles | None]:
-            small = SmallFiles.of(index) if self.scattered else None
+            small = SmallFiles.of(index) if self._scattered else None
             return self._partials.open(pin, data, index.chunks), small
 
         nar, small = await trio.to_thread.run_sync(open_)

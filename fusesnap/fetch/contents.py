@@ -130,8 +130,8 @@ class Contents:
     def request(self, paths: Sequence[StorePath], priority: Priority) -> None:
         """Have ``paths`` fetched ahead.
 
-        For readers to come, of a path that can be had by the chunk the index is enough, and all of it only where it is
-        small and nothing else tells what is read of it; where nobody may ever read it, all of it is wanted.
+        For readers to come, of a path that can be had by the chunk the index is enough; where nobody may ever read it,
+        all of it is wanted.
         """
         if priority >= Priority.COMPLETION:
             self._realiser.request(paths, priority)
@@ -144,11 +144,8 @@ class Contents:
         async def prepare(path: StorePath) -> None:
             async with self._ahead:
                 try:
-                    chunked = await self._by_chunk(path)
-                    if chunked is None:
+                    if await self._by_chunk(path) is None:
                         whole.add(path)
-                    elif priority is Priority.REST and self._is_guessed_whole(chunked):
-                        chunked.want([(0, chunked.pin.info.nar_size)], priority)
                 except FusesnapError as error:
                     log.debug("%s: not fetched ahead: %s", path, error)
 
@@ -172,6 +169,23 @@ class Contents:
         async with trio.open_nursery() as nursery:
             for path in paths:
                 nursery.start_soon(learn, path)
+
+    async def guess_small(self, paths: Collection[StorePath]) -> None:
+        """Have those of a closure fetched whole that are small, behind everybody who waits for something.
+
+        Not those with programs or libraries, of which those tell that need them, and of which less is read.
+        """
+
+        async def guess(path: StorePath) -> None:
+            async with self._ahead:
+                with suppress(FusesnapError):  # whoever looks into it will be told
+                    chunked = await self._by_chunk(path)
+                    if chunked is not None and _is_small(chunked) and not chunked.is_foreseen:
+                        chunked.want([(0, chunked.pin.info.nar_size)], Priority.REST)
+
+        async with trio.open_nursery() as nursery:
+            for path in sorted(paths) if len(paths) <= LEARNT_AT_MOST else ():
+                nursery.start_soon(guess, path)
 
     def foresee(self, trace: StartupTrace) -> None:
         """Have fetched what a start is about to read: chunks where that can be, else whole paths, in its order."""
@@ -226,15 +240,14 @@ class Contents:
         chunked = self._chunked.opened(path)
         return chunked is not None and chunked.is_streamed
 
-    def _is_guessed_whole(self, chunked: ChunkedPath) -> bool:
-        """Whether what refers to it will read it: programs and libraries are told by those that need them."""
-        small = chunked.file_size <= SMALL_PATH and not chunked.tree.may_have_programs
-        return small and self._chunked.scattered and not chunked.is_foreseen
-
     async def _by_chunk(self, path: StorePath) -> ChunkedPath | None:
         if self._store.is_committed(path):
             return None
         return await self._chunked.find(path)
+
+
+def _is_small(chunked: ChunkedPath) -> bool:
+    return chunked.file_size <= SMALL_PATH and not chunked.tree.may_have_programs
 
 
 @dataclass(frozen=True, slots=True)

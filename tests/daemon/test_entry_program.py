@@ -78,8 +78,9 @@ async def test_a_program_that_comes_by_the_chunk(
     asked = len(cache.parts)
     assert await node.contents.read(closure.one.path, entry.offset, entry.size) == TOOL
     assert len(cache.parts) == asked
-    # Of other paths nothing but what is in them.
-    assert {name for name, _, _ in cache.parts} == {closure.one.info.url}
+    # Of other paths nothing but what is in them; all of those that are small and have no programs.
+    small = {closure.env.info.url, closure.common.info.url}
+    assert {name for name, _, _ in cache.parts} == {closure.one.info.url, *small}
 
 
 async def test_a_program_on_a_stock_cache(

@@ -216,7 +216,7 @@ async def test_indexes_are_learnt_before_anybody_looks(
     node.contents.learn([path.path] * 1000)  # too many to be worth a request each
 
 
-async def test_of_what_is_referred_to_the_small_is_fetched_whole_unless_it_has_programs(
+async def test_of_a_closure_the_small_is_fetched_whole_unless_it_has_programs(
     cache: MemorySubstituter, make_node: MakeNode
 ) -> None:
     modules: dict[str, Tree] = {"one.py": b"import two\n" * 500, "two.py": b"pass\n"}
@@ -230,8 +230,7 @@ async def test_of_what_is_referred_to_the_small_is_fetched_whole_unless_it_has_p
     ]
     node = await node_with(make_node, paths[0])
     await node.realiser.admit([path.path for path in paths])
-    node.contents.request([path.path for path in paths], Priority.REST)
-    await until(lambda: {path.index_name for path in paths} <= set(cache.requests))
+    await node.contents.guess_small([path.path for path in paths])
     await trio.testing.wait_all_tasks_blocked(0.05)
     assert {name for name, _, _ in cache.parts} == {paths[0].info.url}
     asked = len(cache.parts)
