@@ -175,7 +175,7 @@ class BundleStream:
             raise failure
 
     async def _receive(self, read: Read, reserved: Reservation) -> None:
-        with self._link.passage(Priority.TRACE, self._source, None) as self._passage:
+        with self._link.passage(Priority.TRACE, self._source, None, foreseen=True) as self._passage:
             self._passage.paused_or_resumed = self._paused_or_resumed
             marked = _Marked(read)
             reading = self._passage.pieces(marked, self._resumed)

@@ -439,9 +439,9 @@ class ChunkedPath:
         size = last.file_end - first.file_start
         # A program that starts asks for one chunk after another, and most of the time it is the round trip that it
         # waits for: the rest of what it has opened comes meanwhile.
-        beside = bool(self._promised)
+        beside, known = bool(self._promised), self.is_foreseen
         with self._link.passage(
-            run.priority, self._source, size, modest=True, beside=beside
+            run.priority, self._source, size, modest=True, beside=beside, foreseen=known
         ) as run.passage:
             run.events.cross(run.passage)
             await run.passage.turn()

@@ -47,12 +47,14 @@ class Link:
         *,
         modest: bool = False,
         beside: bool = False,
+        foreseen: bool = False,
     ) -> Iterator[Passage]:
         """A transfer of ``size`` bytes, if it is known how many, from the cache ``source``. It waits for its turn.
 
-        ``modest`` is one of many small ones in a row, ``beside`` one that interrupts nothing, see ``Load``.
+        ``modest`` is one of many small ones in a row, ``beside`` one that interrupts nothing, ``foreseen`` one that a
+        start is known to read, see ``Load``.
         """
-        passage = Passage(self, Load(priority, source, size, modest, beside))
+        passage = Passage(self, Load(priority, source, size, modest, beside, foreseen))
         self._passages[passage.load] = passage
         self._scheduler.add(passage.load)
         self.decide()

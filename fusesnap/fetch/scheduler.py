@@ -38,7 +38,7 @@ QUIET: Final = 0.25
 # thinks with.
 FAST: Final = 12_500_000
 NEAR: Final = 0.015
-QUIET_WHEN_FAST: Final = 2.0
+LONG_QUIET: Final = 2.0
 # Seconds in which a transfer shows what it can do; less than this share of the link, and others may run beside it.
 TRIAL: Final = 2.0
 LEAST_SHARE: Final = 0.25
@@ -79,8 +79,9 @@ class Load:
     """Something to be transferred from ``source``, a cache's URL: ``remaining`` bytes, if it is known how many.
 
     ``modest``: it is small, and others may use the link while it waits for its first byte. ``beside``: it is small, and
-    what it would interrupt is a stream that its reader needs as much, so it interrupts nothing. ``holds``: while it is
-    paused its connection stays, because its cache cannot send the rest alone.
+    what it would interrupt is a stream that its reader needs as much, so it interrupts nothing. ``foreseen``: a trace
+    or a bundle says that a start reads it. ``holds``: while it is paused its connection stays, because its cache cannot
+    send the rest alone.
     """
 
     priority: Priority
@@ -88,6 +89,7 @@ class Load:
     remaining: int | None
     modest: bool = False
     beside: bool = False
+    foreseen: bool = False
     number: int = 0
     state: LoadState = LoadState.WAITING
     holds: bool = False
@@ -166,11 +168,7 @@ class Scheduler:
 
     def decide(self, now: float) -> list[Load]:
         """Let run what should run from ``now`` on; returns the loads whose state is another than before."""
-        # Over a fast link what a trace or a bundle brings is here before anybody reads it.
-        fast = self._is_fast
-        keeps, quiet = (Priority.TRACE, QUIET_WHEN_FAST) if fast else (Priority.READER, QUIET)
-        if any(self._is_urgent_with_the_link(load, keeps, now) for load in self._loads):
-            self._quiet_from = now + quiet
+        self._keep_quiet(now)
         order = sorted(self._loads, key=lambda load: (load.priority, load.number))
         self._favour(order, now)
         chosen = self._choose(order, now)
@@ -184,6 +182,17 @@ class Scheduler:
                 load.state, load.flows, load.lately = LoadState.PAUSED, False, None
                 changed.append(load)
         return changed
+
+    def _keep_quiet(self, now: float) -> None:
+        """A start may go on reading: what nobody waits for is to wait a little longer."""
+        # Over a fast link what a trace or a bundle brings is here before anybody reads it.
+        fast = self._is_fast
+        keeps, quiet = (Priority.TRACE, LONG_QUIET) if fast else (Priority.READER, QUIET)
+        urgent = [each for each in self._loads if self._is_urgent_with_the_link(each, now)]
+        if any(load.priority <= keeps for load in urgent):
+            self._quiet_from = max(self._quiet_from, now + quiet)
+        if any(load.foreseen for load in urgent):
+            self._quiet_from = max(self._quiet_from, now + LONG_QUIET)
 
     def looks_again(self) -> float | None:
         """Seconds after which to decide again although nothing happened; ``None`` if nothing can change by that."""
@@ -247,9 +256,9 @@ class Scheduler:
     def _must_be_quiet(self, load: Load, now: float) -> bool:
         return load.priority in _ONLY_WHEN_QUIET and now < self._quiet_from
 
-    def _is_urgent_with_the_link(self, load: Load, least: Priority, now: float) -> bool:
+    def _is_urgent_with_the_link(self, load: Load, now: float) -> bool:
         """A reader whose cache is silent leaves the link to others: it may be so for minutes."""
-        return load.priority <= least and not self._is_held_back(load, now)
+        return load.priority <= Priority.TRACE and not self._is_held_back(load, now)
 
     def _share(self, load: Load, now: float) -> _Share:
         used = not self._is_held_back(load, now)

@@ -11,10 +11,10 @@ from fusesnap.fetch.priority import Priority
 from fusesnap.fetch.scheduler import (
     FAST,
     FIRST_WINDOW,
+    LONG_QUIET,
     LOOK_AGAIN,
     NEAR,
     QUIET,
-    QUIET_WHEN_FAST,
     STARVED,
     TRIAL,
     TURN,
@@ -95,7 +95,7 @@ def test_a_reader_whose_cache_is_silent_leaves_the_link_to_others(
     assert completion.state is LoadState.PAUSED
 
 
-@pytest.mark.parametrize(("rate", "quiet"), [(FAST // 4, QUIET), (2 * FAST, QUIET_WHEN_FAST)])
+@pytest.mark.parametrize(("rate", "quiet"), [(FAST // 4, QUIET), (2 * FAST, LONG_QUIET)])
 def test_on_a_fast_link_a_start_may_think_for_longer(
     scheduler: Scheduler, rate: int, quiet: float
 ) -> None:
@@ -112,8 +112,8 @@ def test_on_a_fast_link_a_start_may_think_for_longer(
 @pytest.mark.parametrize(
     ("urgent", "answered", "quiet"),
     [
-        (Priority.READER, NEAR / 2, QUIET_WHEN_FAST),
-        (Priority.TRACE, NEAR / 2, QUIET_WHEN_FAST),
+        (Priority.READER, NEAR / 2, LONG_QUIET),
+        (Priority.TRACE, NEAR / 2, LONG_QUIET),
         (Priority.READER, 2 * NEAR, QUIET),
     ],
 )
@@ -128,6 +128,25 @@ def test_a_cache_nearby_is_fast_until_more_is_known(
     scheduler.remove(start)
     assert completion not in scheduler.decide(answered + quiet - 0.1)
     assert completion in scheduler.decide(answered + quiet + 0.1)
+
+
+@pytest.mark.parametrize("then", [None, Priority.READER])
+def test_a_start_of_which_all_is_known_may_think_for_longer(
+    scheduler: Scheduler, then: Priority | None
+) -> None:
+    stream = Load(Priority.TRACE, "a", None, foreseen=True)
+    scheduler.add(stream)
+    completion = add(scheduler, Priority.COMPLETION)
+    for step in range(20):
+        scheduler.decide(step / 10)
+        scheduler.received(stream, FAST // 40, step / 10)
+    scheduler.remove(stream)
+    if then is not None:  # it reads something else, which makes that no shorter
+        reader = add(scheduler, then, 100)
+        scheduler.decide(2.0)
+        scheduler.remove(reader)
+    assert completion not in scheduler.decide(1.9 + LONG_QUIET - 0.1)
+    assert completion in scheduler.decide(1.9 + LONG_QUIET + 0.1)
 
 
 def test_it_says_nothing_of_what_stays_as_it_is(scheduler: Scheduler) -> None:
