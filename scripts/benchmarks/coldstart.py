@@ -73,8 +73,8 @@ What is asked of our starts is said to be met or not, as far as the sides that r
 most 0.9 of what realising the closure takes, and half where half of its bytes are of store paths that the start reads
 nothing of; a published cache at most 1.5 of what an optimised eStargz would (two round trips, the files that the start
 reads as zstd -9, the warm start); with a trace or a bundle 1.3 of that limit, and an image
-that its store path alone names, with a bundle, 1.3 of the limit with such a pull; over 1000 Mbit/s and 1 ms no more
-than the quickest OCI pull.
+that its store path alone names, with a bundle, 1.3 of the limit with such a pull. Over 1000 Mbit/s and 1 ms it is
+instead that each takes no more than the quickest OCI pull.
 
 One round of the shell with all sides takes 50 s over 1000 Mbit/s, 55 s over 100, 80 s over 20 and 170 s over 5, with
 what is built for it on two processors (the closure is kept); larger closures take longer.

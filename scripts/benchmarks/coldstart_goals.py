@@ -72,8 +72,13 @@ class Bars:
 
 
 def goals(medians: Mapping[str, float], bars: Bars, profile: Profile) -> list[Goal]:
-    """What the sides of a run can say; ``medians`` in seconds by side."""
-    return [*_stock(medians, bars), *_published(medians, bars), *_pulled(medians, profile)]
+    """What the sides of a run can say; ``medians`` in seconds by side.
+
+    Over a link that carries everything in a moment they are held against that, over others against the link.
+    """
+    if profile.fast:
+        return list(_pulled(medians))
+    return [*_stock(medians, bars), *_published(medians, bars)]
 
 
 def _stock(medians: Mapping[str, float], bars: Bars) -> Iterator[Goal]:
@@ -97,9 +102,9 @@ def _published(medians: Mapping[str, float], bars: Bars) -> Iterator[Goal]:
         yield Goal(f"{NAMED} / the least possible so", medians[NAMED] / bars.named, 1.3)
 
 
-def _pulled(medians: Mapping[str, float], profile: Profile) -> Iterator[Goal]:
+def _pulled(medians: Mapping[str, float]) -> Iterator[Goal]:
     pulled = [medians[side] for side in PULLED if side in medians]
-    if profile.fast and pulled:
+    if pulled:
         for side in OURS:
             if side in medians:
                 yield Goal(f"{side} / quickest OCI pull", medians[side] / min(pulled), 1.0)
