@@ -158,17 +158,7 @@ class Contents:
     def learn(self, paths: Collection[StorePath]) -> None:
         """Have the indexes of ``paths`` here before somebody looks into them, where there are any and not too many."""
         if len(paths) <= LEARNT_AT_MOST:
-            self._nursery.start_soon(self._learn, tuple(sorted(paths)))
-
-    async def _learn(self, paths: Sequence[StorePath]) -> None:
-        async def learn(path: StorePath) -> None:
-            async with self._ahead:
-                with suppress(FusesnapError):  # whoever looks into it will be told
-                    await self._by_chunk(path)
-
-        async with trio.open_nursery() as nursery:
-            for path in paths:
-                nursery.start_soon(learn, path)
+            self._nursery.start_soon(self._each_by_chunk, tuple(sorted(paths)), lambda _: None)
 
     async def guess_small(self, paths: Collection[StorePath]) -> None:
         """Have those of a closure fetched whole that are small, behind everybody who waits for something.
@@ -176,16 +166,28 @@ class Contents:
         Not those with programs or libraries, of which those tell that need them, and of which less is read.
         """
 
-        async def guess(path: StorePath) -> None:
+        def guess(chunked: ChunkedPath) -> None:
+            if _is_small(chunked) and not chunked.is_foreseen:
+                chunked.want([(0, chunked.pin.info.nar_size)], Priority.REST)
+
+        if len(paths) <= LEARNT_AT_MOST:
+            await self._each_by_chunk(sorted(paths), guess)
+
+    async def _each_by_chunk(
+        self, paths: Iterable[StorePath], do: Callable[[ChunkedPath], object]
+    ) -> None:
+        """Find out which of ``paths`` can be fetched by the chunk, and ``do`` something with each of these."""
+
+        async def look(path: StorePath) -> None:
             async with self._ahead:
                 with suppress(FusesnapError):  # whoever looks into it will be told
                     chunked = await self._by_chunk(path)
-                    if chunked is not None and _is_small(chunked) and not chunked.is_foreseen:
-                        chunked.want([(0, chunked.pin.info.nar_size)], Priority.REST)
+                    if chunked is not None:
+                        do(chunked)
 
         async with trio.open_nursery() as nursery:
-            for path in sorted(paths) if len(paths) <= LEARNT_AT_MOST else ():
-                nursery.start_soon(guess, path)
+            for path in paths:
+                nursery.start_soon(look, path)
 
     def foresee(self, trace: StartupTrace) -> None:
         """Have fetched what a start is about to read: chunks where that can be, else whole paths, in its order."""

@@ -18,7 +18,6 @@ FIRST_GUESS: Final = 512 * 1024
 # Bytes of the compressed file in one request for small files. Few enough that it is never stopped for a reader: what is
 # on its way then would be lost, and readers come one after another.
 SCATTERED_RUN: Final = 128 * 1024
-_SECOND: Final = 2
 # Chunks that are looked at for one guess.
 _LOOKED_AT: Final = 1024
 
@@ -46,7 +45,7 @@ class SmallFiles:
         """``hold_small`` has 1 for each chunk in which there is something of a small file, else 0."""
         self._chunks = chunks
         self._hold_small = hold_small
-        self._missed = 0
+        self._allowed = 0  # bytes of the file that the next miss has guessed at; none at the first
 
     @classmethod
     def of(cls, index: NarIndex) -> SmallFiles:
@@ -66,10 +65,8 @@ class SmallFiles:
         """
         if not self._hold_small[missed]:
             return []
-        self._missed += 1
-        if self._missed == 1:
-            return []
-        left = min(FIRST_GUESS << (self._missed - _SECOND), FURTHEST) - pending
+        left = self._allowed - pending
+        self._allowed = min(max(2 * self._allowed, FIRST_GUESS), FURTHEST)
         found = []
         for number in filter(is_due, islice(self._from(missed), _LOOKED_AT)):
             left -= self._chunks[number].file_size

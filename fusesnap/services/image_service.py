@@ -83,7 +83,7 @@ class ImageService:
         images: NixImages,
         containerd: grpc.Channel,
         calls: Calls,
-        pull_begins: PullBegins | None,
+        pull_begins: PullBegins,
     ) -> None:
         self._images = images
         self._containerd = containerd
@@ -109,8 +109,7 @@ class ImageService:
     def _pull(self, method: str, request: bytes, context: grpc.ServicerContext) -> Iterator[bytes]:
         asked = _parsed(PullImageRequest, request)
         if asked is None or self._name(asked.image.image, context) is None:
-            if self._pull_begins is not None:
-                self._calls.run(self._pull_begins, context)
+            self._calls.run(self._pull_begins, context)
             yield from self._hand_on(method, request, context)
             return
         reference = asked.image.image
@@ -190,7 +189,7 @@ class _Handlers(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # generic fo
 
 
 def image_service(
-    images: NixImages, containerd: grpc.Channel, pull_begins: PullBegins | None = None
+    images: NixImages, containerd: grpc.Channel, pull_begins: PullBegins
 ) -> Callable[[grpc.Server, Calls], None]:
     """The service, to be registered beside others."""
 

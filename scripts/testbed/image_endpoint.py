@@ -18,7 +18,9 @@ def image_endpoint(
 
     ``settings`` are more lines of its configuration.
     """
-    options = knowing_containerd(directory, settings)
+    file = directory / "fusesnap.toml"
+    file.write_text(f'containerd-address = "{directory}/c/containerd.sock"\n{settings}')
+    options = ["--config", str(file)]
     with (
         fusesnap_daemon(
             directory / "s", source=source, options=options, complete=complete
@@ -26,10 +28,3 @@ def image_endpoint(
         containerd(directory / "c", proxy=daemon.address, cri=True) as client,
     ):
         yield daemon, client
-
-
-def knowing_containerd(directory: Path, settings: str = "") -> list[str]:
-    """Options of a daemon that is told where its containerd will be: in ``c`` below ``directory``."""
-    file = directory / "fusesnap.toml"
-    file.write_text(f'containerd-address = "{directory}/c/containerd.sock"\n{settings}')
-    return ["--config", str(file)]
